@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""DHKD (Denoised Heterogeneous Knowledge Distillation) as a plugin model for anomalib.
+
+Importing this package registers the model, its bundled backbones and the short data name ``MVTec``.
+"""
+
+from . import registration  # noqa: F401
+from .data import MVTec, Quickstart
+from .lightning_model import Dhkd
+from .torch_model import DhkdModel
+
+__all__ = ["Dhkd", "DhkdModel", "MVTec", "Quickstart"]
+__version__ = "0.1.0"

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fusion of the scales into one anomaly map and one image score."""
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+
+class AnomalyMapGenerator(nn.Module):
+    r"""Calibrate each scale on training statistics, then average the scales in the log domain.
+
+    Distances of different scales differ in size, and a scale's anomalies differ by orders of magnitude; summed raw, the
+    scale with the largest energy drowns the others. With :math:`d_s` the distance map of scale :math:`s` and
+    :math:`\mu_s` the mean of :math:`\log d_s` over the training images, the map is
+
+    .. math::
+        m = \frac{1}{S} \sum_s \operatorname{upsample}(\log d_s - \mu_s) .
+
+    Args:
+        scales (int): Number of scales.
+        calibration (bool): With ``False`` the map is the plain sum of the distances.
+        image_score (str): ``"mean"`` or ``"max"`` of the map, or ``"topk"``, the mean of its highest hundredth.
+    """
+
+    def __init__(self, scales: int, calibration: bool, image_score: str) -> None:
+        super().__init__()
+        self.calibration = calibration
+        self.image_score = image_score
+        self.register_buffer("log_mean", torch.zeros(scales))
+        self.log_mean: torch.Tensor
+
+    def forward(self, distances: list[torch.Tensor], image_size: tuple[int, int]) -> InferenceBatch:
+        """Fuse the scales.
+
+        Args:
+            distances (list[torch.Tensor]): A map of positive values of shape ``(B, 1, h, w)`` a scale.
+            image_size (tuple[int, int]): Height and width of the result.
+
+        Returns:
+            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, *image_size)`` and ``pred_score`` of shape ``(B, 1)``.
+        """
+        if self.calibration:
+            distances = [_log(distance) - self.log_mean[scale] for scale, distance in enumerate(distances)]
+        upsampled = [F.interpolate(d, size=image_size, mode="bilinear", align_corners=False) for d in distances]
+        anomaly_map = torch.stack(upsampled).mean(dim=0)
+        values = anomaly_map.flatten(1)
+        if self.image_score == "mean":
+            score = values.mean(dim=1, keepdim=True)
+        elif self.image_score == "max":
+            score = values.amax(dim=1, keepdim=True)
+        else:
+            score = values.topk(max(1, values.shape[1] // 100), dim=1).values.mean(dim=1, keepdim=True)
+        return InferenceBatch(anomaly_map=anomaly_map, pred_score=score)
+
+    def fit(self, distances: list[list[torch.Tensor]]) -> None:
+        """Take the statistics of the scales.
+
+        Args:
+            distances (list[list[torch.Tensor]]): Distance maps of the training images, a list of scales a batch.
+        """
+        for scale, maps in enumerate(zip(*distances, strict=True)):
+            self.log_mean[scale] = _log(torch.cat(maps)).mean()
+
+
+def _log(distance: torch.Tensor) -> torch.Tensor:
+    # A perfect match has distance 0; the bound lies far below any that training reaches.
+    return distance.clamp_min(1e-6).log()

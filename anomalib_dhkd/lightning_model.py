@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""DHKD: Denoised Heterogeneous Knowledge Distillation.
+
+Reimplemented from the published abstract of "Unsupervised Image Anomaly Detection with Denoised Heterogeneous Networks
+via Knowledge Distillation"; the paper's code, hyper-parameters and full text are not public.
+
+Example:
+    >>> from anomalib.data import MVTecAD
+    >>> from anomalib.engine import Engine
+    >>> from anomalib_dhkd import Dhkd
+
+    >>> engine = Engine()
+    >>> engine.train(model=Dhkd(), datamodule=MVTecAD(category="bottle"))  # doctest: +SKIP
+
+See Also:
+    :class:`anomalib_dhkd.torch_model.DhkdModel`: PyTorch implementation of the model.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.transforms.v2 import Resize
+
+from .loss import AffinityLoss, DistillationLoss, FlowLoss
+from .torch_model import DhkdModel
+
+logger = logging.getLogger(__name__)
+
+
+class Dhkd(AnomalibModule):
+    """Lightning module of DHKD.
+
+    The teacher is trained first, then the student on the frozen teacher, in one ``fit``. Training ends by itself after
+    ``train_steps`` optimiser steps, rounded up to whole epochs. The trainer's ``max_epochs`` and ``max_steps`` can only
+    shorten it; both phases then shrink in proportion. The phase follows from the global step, so that a resumed run
+    lands in the right one.
+
+    Args:
+        backbone (str): Name of a timm model. ``efficientnet_lite{0,1,2}_bundled`` are installed with this package,
+            others are downloaded by timm.
+            Defaults to ``"efficientnet_lite0_bundled"``.
+        layers (Sequence[str]): Layers of the backbone, finest first; each is one scale.
+            Defaults to ``("blocks.2", "blocks.4", "blocks.6")``.
+        pre_trained (bool): Load ImageNet weights into the backbone.
+            Defaults to ``True``.
+        weights (str | Path | None): Local file with a state dict of the whole timm model, to be used instead of a
+            download.
+            Defaults to ``None``.
+        positional_channels (int): Channels of the sinusoidal positional encoding that conditions teacher and student,
+            a multiple of 4; 0 switches it off.
+            Defaults to ``32``.
+        flow_steps (int): Coupling blocks of the normalising-flow teacher. 0 switches the flow off: the student then
+            learns the standardised features themselves.
+            Defaults to ``4``.
+        flow_channels (int): Width of the flow's coupling subnets.
+            Defaults to ``64``.
+        student_blocks (int): Dual-domain blocks of the student. 0 switches the student off: the score is then the
+            teacher's likelihood, and the teacher trains for the whole budget.
+            Defaults to ``2``.
+        student_channels (int): Width of the student.
+            Defaults to ``64``.
+        frequency_branch (bool): Reconstruct in the frequency domain too; ``False`` leaves the spatial domain alone.
+            Defaults to ``True``.
+        noise_std (float): Standard deviation of the Gaussian noise on the student's features in training, in standard
+            deviations of a channel; 0 switches it off.
+            Defaults to ``0.2``.
+        noise_coverage (float): Expected share of positions that get noise, above 0 and at most 1.
+            Defaults to ``0.3``.
+        affinity_weight (float): Weight of the teacher-student affinity loss; 0 switches it off.
+            Defaults to ``1.0``.
+        calibration (bool): Calibrate the scales on training statistics before fusing them.
+            Defaults to ``True``.
+        image_score (str): How the image score is read off the anomaly map: ``"mean"``, ``"max"`` or ``"topk"``, the
+            mean of the highest hundredth of the positions.
+            Defaults to ``"topk"``.
+        train_steps (int): Budget of optimiser steps for both phases together.
+            Defaults to ``240``.
+        teacher_share (float): Share of the steps that the teacher gets, between 0 and 1.
+            Defaults to ``0.5``.
+        learning_rate (float): Peak learning rate of Adam; in each phase it warms up and falls to zero along a cosine.
+            Defaults to ``3e-3``.
+        pre_processor (PreProcessor | bool, optional): Pre-processor instance or flag to use default. Images must
+            leave it with values in [0, 1].
+            Defaults to ``True``.
+        post_processor (PostProcessor | bool, optional): Post-processor instance or flag to use default.
+            Defaults to ``True``.
+        evaluator (Evaluator | bool, optional): Evaluator instance or flag to use default.
+            Defaults to ``True``.
+        visualizer (Visualizer | bool, optional): Visualizer instance or flag to use default.
+            Defaults to ``True``.
+
+    Raises:
+        ValueError: If an argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "efficientnet_lite0_bundled",
+        layers: Sequence[str] = ("blocks.2", "blocks.4", "blocks.6"),
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        positional_channels: int = 32,
+        flow_steps: int = 4,
+        flow_channels: int = 64,
+        student_blocks: int = 2,
+        student_channels: int = 64,
+        frequency_branch: bool = True,
+        noise_std: float = 0.2,
+        noise_coverage: float = 0.3,
+        affinity_weight: float = 1.0,
+        calibration: bool = True,
+        image_score: Literal["mean", "max", "topk"] = "topk",
+        train_steps: int = 240,
+        teacher_share: float = 0.5,
+        learning_rate: float = 3e-3,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        for name, value, allowed, valid in (
+            ("positional_channels", positional_channels, "a multiple of 4, or 0", positional_channels % 4 == 0),
+            ("positional_channels", positional_channels, "a multiple of 4, or 0", positional_channels >= 0),
+            ("flow_steps", flow_steps, "at least 0", flow_steps >= 0),
+            ("flow_channels", flow_channels, "at least 1", flow_channels >= 1),
+            ("student_blocks", student_blocks, "at least 0", student_blocks >= 0),
+            ("student_blocks", student_blocks, "above 0 when flow_steps is 0", student_blocks > 0 or flow_steps > 0),
+            ("student_channels", student_channels, "at least 1", student_channels >= 1),
+            ("noise_std", noise_std, "at least 0", noise_std >= 0),
+            ("noise_coverage", noise_coverage, "above 0 and at most 1", 0 < noise_coverage <= 1),
+            ("affinity_weight", affinity_weight, "at least 0", affinity_weight >= 0),
+            ("image_score", image_score, "one of 'mean', 'max', 'topk'", image_score in {"mean", "max", "topk"}),
+            ("train_steps", train_steps, "at least 2", train_steps >= 2),
+            ("teacher_share", teacher_share, "above 0 and below 1", 0 < teacher_share < 1),
+            ("learning_rate", learning_rate, "above 0", learning_rate > 0),
+        ):
+            if not valid:
+                msg = f"{name} must be {allowed}, got {value!r}."
+                raise ValueError(msg)
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.model: DhkdModel = DhkdModel(
+            backbone=backbone,
+            layers=layers,
+            pre_trained=pre_trained,
+            weights=weights,
+            positional_channels=positional_channels,
+            flow_steps=flow_steps,
+            flow_channels=flow_channels,
+            student_blocks=student_blocks,
+            student_channels=student_channels,
+            frequency_branch=frequency_branch,
+            noise_std=noise_std,
+            noise_coverage=noise_coverage,
+            calibration=calibration,
+            image_score=image_score,
+        )
+        self.flow_loss = FlowLoss()
+        self.distillation_loss = DistillationLoss()
+        self.affinity_loss = AffinityLoss() if affinity_weight else None
+        self.affinity_weight = affinity_weight
+        self.train_steps = train_steps
+        self.teacher_share = teacher_share
+        self.learning_rate = learning_rate
+        self.total_steps = train_steps
+        self.teacher_steps = 0
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Return DHKD trainer arguments; the length of training isn't among them, so that users can shorten it."""
+        return {"gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Return the learning type of the model."""
+        return LearningType.ONE_CLASS
+
+    @classmethod
+    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Configure the default pre-processor, which only resizes: the backbone's own normalisation is in the model.
+
+        Args:
+            image_size (tuple[int, int] | None, optional): Height and width. Defaults to ``(256, 256)``.
+
+        Returns:
+            PreProcessor: Configured pre-processor.
+        """
+        return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+
+    @property
+    def phase(self) -> Literal["teacher", "student"]:
+        """Return the network that the next optimiser step trains."""
+        return "teacher" if self.trainer.global_step < self.teacher_steps else "student"
+
+    def setup(self, stage: str) -> None:
+        """Fit both phases into the step budget and make the trainer stop at its end.
+
+        Args:
+            stage (str): Lightning's stage.
+
+        Raises:
+            ValueError: If there are fewer steps than phases.
+        """
+        if stage != "fit":
+            return
+        trainer: Any = self.trainer
+        available = trainer.estimated_stepping_batches
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        self.total_steps = int(min(available, math.ceil(self.train_steps / steps_per_epoch) * steps_per_epoch))
+        phases = (self.model.teachers is not None) + (self.model.students is not None)
+        if self.total_steps < phases and not trainer.fast_dev_run:
+            msg = (
+                f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps} and {trainer.num_training_batches} "
+                f"training batches leave {self.total_steps} step(s), but DHKD needs at least {phases}, one a phase."
+            )
+            raise ValueError(msg)
+        if self.model.students is None:
+            self.teacher_steps = self.total_steps
+        elif self.model.teachers is None:
+            self.teacher_steps = 0
+        else:
+            self.teacher_steps = min(max(1, round(self.teacher_share * self.total_steps)), self.total_steps - 1)
+        # The trainer now ends there, and its progress bar shows it.
+        epochs = math.ceil(self.total_steps / steps_per_epoch)
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit_loop.epoch_loop.max_steps = self.total_steps
+        logger.info(
+            "DHKD trains for %d steps (%d epochs): %d for the teacher, %d for the student.",
+            self.total_steps,
+            epochs,
+            self.teacher_steps,
+            self.total_steps - self.teacher_steps,
+        )
+
+    def _training_images(self) -> Iterator[torch.Tensor]:
+        """Yield the training images as the training steps see them, once."""
+        loader: Any = self.trainer.train_dataloader
+        transform: Any = getattr(self.pre_processor, "transform", None)
+        for batch in loader:
+            images = batch.image.to(self.device)
+            yield transform(images) if transform else images
+
+    def on_train_start(self) -> None:
+        """Estimate the channel statistics of the features, unless the run was resumed and has them already."""
+        if self.trainer.global_step == 0:
+            self.model.features.fit(self._training_images())
+
+    def training_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+        """Train the network of the current phase.
+
+        Args:
+            batch (Batch): Input batch.
+            *args: Additional arguments (unused).
+            **kwargs: Additional keyword arguments (unused).
+
+        Returns:
+            STEP_OUTPUT: Dictionary with the loss.
+        """
+        del args, kwargs  # These variables are not used.
+
+        with torch.no_grad():
+            features = self.model.features(batch.image)
+        if self.phase == "teacher":
+            loss = self.flow_loss(*self.model.teach(features))
+            losses = {"teacher_loss": loss}
+        else:
+            with torch.no_grad():
+                latents, _ = self.model.teach(features)
+            predictions = self.model.study(features)
+            loss = self.distillation_loss(latents, predictions)
+            losses = {"student_loss": loss}
+            if self.affinity_loss:
+                affinity = self.affinity_loss(latents, predictions)
+                loss = loss + self.affinity_weight * affinity
+                losses["affinity_loss"] = affinity
+        self.log_dict(losses, prog_bar=True, batch_size=len(features[0]))
+        # Loggers take numbers only: 1 is the teacher's phase, 2 the student's.
+        self.log("phase", 1.0 if self.phase == "teacher" else 2.0, prog_bar=True, batch_size=len(features[0]))
+        return {"loss": loss}
+
+    def on_train_batch_end(self, *args, **kwargs) -> None:
+        """After the last step, calibrate the scales, so that validation and the checkpoint have them."""
+        del args, kwargs  # These variables are not used.
+        if self.trainer.global_step >= self.total_steps:
+            self.model.calibrate(self._training_images())
+            # A budget that ends within an epoch would else end without validation.
+            self.trainer.should_stop = True
+
+    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+        """Compute anomaly maps and scores.
+
+        Args:
+            batch (Batch): Input batch.
+            *args: Additional arguments (unused).
+            **kwargs: Additional keyword arguments (unused).
+
+        Returns:
+            STEP_OUTPUT: The batch with predictions.
+        """
+        del args, kwargs  # These variables are not used.
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Configure Adam with one parameter group and one learning-rate schedule a phase.
+
+        Returns:
+            OptimizerLRScheduler: Optimiser and scheduler.
+        """
+        groups: list[dict[str, Any]] = []
+        schedules: list[Callable[[int], float]] = []
+        for networks, first, last in (
+            (self.model.teachers, 0, self.teacher_steps),
+            (self.model.students, self.teacher_steps, self.total_steps),
+        ):
+            if networks is not None:
+                groups.append({"params": [p for p in networks.parameters() if p.requires_grad]})
+                schedules.append(partial(_learning_rate_factor, first=first, last=last))
+        optimizer = Adam(groups, lr=self.learning_rate)
+        scheduler = LambdaLR(optimizer, schedules)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _learning_rate_factor(step: int, first: int, last: int, warm_up: float = 0.1) -> float:
+    """Return the factor of the learning rate within a phase: a linear rise, then half a cosine wave down to zero."""
+    progress = min(max((step - first + 1) / (last - first + 1), 0.0), 1.0)
+    return min(progress / warm_up, 0.5 + 0.5 * math.cos(math.pi * progress))

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""DHKD as a plain PyTorch model.
+
+Reimplemented from the published abstract of "Unsupervised Image Anomaly Detection with Denoised Heterogeneous Networks
+via Knowledge Distillation". An invertible flow (the teacher) and a denoising feed-forward network (the student) look
+at the same frozen features; where they disagree, the image is anomalous.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+
+from .anomaly_map import AnomalyMapGenerator
+from .components.features import FeaturePyramid
+from .components.positional_encoding import sinusoidal_encoding
+from .components.student import DenoisingStudent, add_region_noise
+from .components.teacher import FlowTeacher
+
+
+class DhkdModel(nn.Module):
+    """Frozen features, flow teacher, denoising student and the anomaly map of their differences.
+
+    Args:
+        backbone (str): See :class:`~anomalib_dhkd.components.features.FeaturePyramid`.
+        layers (Sequence[str]): Layers of the backbone, one scale each.
+        pre_trained (bool): Load ImageNet weights into the backbone.
+        weights (str | Path | None): Local file with the backbone's weights.
+        positional_channels (int): Channels of the positional encoding that conditions teacher and student, 0 for none.
+        flow_steps (int): Coupling blocks of the teacher; with 0 the standardised features take the teacher's place.
+        flow_channels (int): Width of the teacher's coupling subnets.
+        student_blocks (int): Dual-domain blocks of the student; with 0 there is no student, and the anomaly map is
+            the teacher's likelihood.
+        student_channels (int): Width of the student.
+        frequency_branch (bool): Whether the student's blocks have their frequency branch.
+        noise_std (float): Standard deviation of the feature noise in training, 0 for none.
+        noise_coverage (float): Expected share of positions with noise.
+        calibration (bool): Whether scales are calibrated on training statistics before fusion.
+        image_score (str): See :class:`~anomalib_dhkd.anomaly_map.AnomalyMapGenerator`.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        layers: Sequence[str],
+        pre_trained: bool,
+        weights: str | Path | None,
+        positional_channels: int,
+        flow_steps: int,
+        flow_channels: int,
+        student_blocks: int,
+        student_channels: int,
+        frequency_branch: bool,
+        noise_std: float,
+        noise_coverage: float,
+        calibration: bool,
+        image_score: str,
+    ) -> None:
+        super().__init__()
+        self.features = FeaturePyramid(backbone, layers, pre_trained, weights)
+        self.positional_channels = positional_channels
+        self.noise_std = noise_std
+        self.noise_coverage = noise_coverage
+        channels = self.features.channels
+        self.teachers = (
+            nn.ModuleList(FlowTeacher(width, positional_channels, flow_steps, flow_channels) for width in channels)
+            if flow_steps
+            else None
+        )
+        self.students = (
+            nn.ModuleList(
+                DenoisingStudent(width + positional_channels, width, student_channels, student_blocks, frequency_branch)
+                for width in channels
+            )
+            if student_blocks
+            else None
+        )
+        self.anomaly_map_generator = AnomalyMapGenerator(len(channels), calibration, image_score)
+        self.to(memory_format=torch.channels_last)
+
+    def _condition(self, features: torch.Tensor) -> torch.Tensor | None:
+        if not self.positional_channels:
+            return None
+        height, width = features.shape[-2:]
+        encoding = sinusoidal_encoding(self.positional_channels, height, width, features.device)
+        return encoding.expand(features.shape[0], -1, -1, -1)
+
+    def teach(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run the teacher.
+
+        Args:
+            features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a scale.
+
+        Returns:
+            tuple[list[torch.Tensor], list[torch.Tensor]]: Latent maps of the features' shapes, and log-determinants
+                of shape ``(B,)``. Without a flow: the features themselves and zeros.
+        """
+        if self.teachers is None:
+            return features, [feature.new_zeros(len(feature)) for feature in features]
+        outputs = [
+            teacher(feature, self._condition(feature)) for teacher, feature in zip(self.teachers, features, strict=True)
+        ]
+        return [latent for latent, _ in outputs], [log_det for _, log_det in outputs]
+
+    def study(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the student, on noisy features in training and on clean ones in evaluation.
+
+        Args:
+            features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a scale.
+
+        Returns:
+            list[torch.Tensor]: Predictions of the teacher's latent maps, of the same shapes.
+
+        Raises:
+            RuntimeError: If the model has no student.
+        """
+        if self.students is None:
+            msg = "The model has no student (student_blocks is 0)."
+            raise RuntimeError(msg)
+        predictions = []
+        for student, feature in zip(self.students, features, strict=True):
+            noisy = self.training and self.noise_std > 0
+            inputs = add_region_noise(feature, self.noise_std, self.noise_coverage) if noisy else feature
+            condition = self._condition(feature)
+            predictions.append(student(inputs if condition is None else torch.cat([inputs, condition], dim=1)))
+        return predictions
+
+    def distances(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Compute how anomalous each position of each scale is.
+
+        Args:
+            images (torch.Tensor): Images of shape ``(B, 3, H, W)`` with values in ``[0, 1]``.
+
+        Returns:
+            list[torch.Tensor]: A map of shape ``(B, 1, h, w)`` a scale, the mean over channels of the squared
+                difference of teacher and student; without a student, of the squared latent.
+        """
+        features = self.features(images)
+        differences, _ = self.teach(features)
+        if self.students is not None:
+            differences = [t - s for t, s in zip(differences, self.study(features), strict=True)]
+        return [difference.square().mean(dim=1, keepdim=True) for difference in differences]
+
+    def forward(self, images: torch.Tensor) -> InferenceBatch:
+        """Detect anomalies.
+
+        Args:
+            images (torch.Tensor): Images of shape ``(B, 3, H, W)`` with values in ``[0, 1]``.
+
+        Returns:
+            InferenceBatch: ``pred_score`` of shape ``(B, 1)`` and ``anomaly_map`` of shape ``(B, 1, H, W)``, both
+                unbounded, higher for more anomalous.
+        """
+        height, width = images.shape[-2:]
+        return self.anomaly_map_generator(self.distances(images), (height, width))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
+        """Take the statistics for calibrating the scales from training images.
+
+        Args:
+            batches (Iterable[torch.Tensor]): Batches of training images, as ``forward`` takes them.
+        """
+        training = self.training
+        self.eval()
+        self.anomaly_map_generator.fit([self.distances(images) for images in batches])
+        self.train(training)
