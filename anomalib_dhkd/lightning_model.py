@@ -49,7 +49,8 @@ class Dhkd(AnomalibModule):
     The teacher is trained first, then the student on the frozen teacher, in one ``fit``. Training ends by itself after
     ``train_steps`` optimiser steps, rounded up to whole epochs. The trainer's ``max_epochs`` and ``max_steps`` can only
     shorten it; both phases then shrink in proportion. The phase follows from the global step, so that a resumed run
-    lands in the right one.
+    lands in the right one. Validation, which sets threshold and normalisation, runs once, after the last step; a
+    ``check_val_every_n_epoch`` above 1 or a ``val_check_interval`` makes it more frequent.
 
     Args:
         backbone (str): Name of a timm model. ``efficientnet_lite{0,1,2}_bundled`` are installed with this package,
@@ -90,7 +91,7 @@ class Dhkd(AnomalibModule):
             mean of the highest hundredth of the positions.
             Defaults to ``"topk"``.
         train_steps (int): Budget of optimiser steps for both phases together.
-            Defaults to ``240``.
+            Defaults to ``160``.
         teacher_share (float): Share of the steps that the teacher gets, between 0 and 1.
             Defaults to ``0.5``.
         learning_rate (float): Peak learning rate of Adam; in each phase it warms up and falls to zero along a cosine.
@@ -126,7 +127,7 @@ class Dhkd(AnomalibModule):
         affinity_weight: float = 1.0,
         calibration: bool = True,
         image_score: Literal["mean", "max", "topk"] = "topk",
-        train_steps: int = 240,
+        train_steps: int = 160,
         teacher_share: float = 0.5,
         learning_rate: float = 3e-3,
         pre_processor: PreProcessor | bool = True,
@@ -184,6 +185,7 @@ class Dhkd(AnomalibModule):
         self.learning_rate = learning_rate
         self.total_steps = train_steps
         self.teacher_steps = 0
+        self._validate_at_end = False
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -219,11 +221,15 @@ class Dhkd(AnomalibModule):
             stage (str): Lightning's stage.
 
         Raises:
-            ValueError: If there are fewer steps than phases.
+            ValueError: If there are fewer steps than phases, or the training data is endless.
         """
         if stage != "fit":
             return
         trainer: Any = self.trainer
+        trainer.fit_loop.setup_data()
+        if math.isinf(trainer.num_training_batches):
+            msg = "DHKD passes over all training images, so the train dataloader must have a length; it has none."
+            raise ValueError(msg)
         available = trainer.estimated_stepping_batches
         steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         self.total_steps = int(min(available, math.ceil(self.train_steps / steps_per_epoch) * steps_per_epoch))
@@ -240,10 +246,15 @@ class Dhkd(AnomalibModule):
             self.teacher_steps = 0
         else:
             self.teacher_steps = min(max(1, round(self.teacher_share * self.total_steps)), self.total_steps - 1)
-        # The trainer now ends there, and its progress bar shows it.
         epochs = math.ceil(self.total_steps / steps_per_epoch)
-        trainer.fit_loop.max_epochs = epochs
-        trainer.fit_loop.epoch_loop.max_steps = self.total_steps
+        if self.total_steps != trainer.max_steps:
+            # The budget is a number of whole epochs. It becomes the trainer's limit, which its progress bar shows.
+            trainer.fit_loop.max_epochs = epochs
+            trainer.fit_loop.epoch_loop.max_steps = -1
+        self._validate_at_end = trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0
+        if self._validate_at_end:
+            # Validation sets the finished model's threshold; every epoch, it would cost as much as training.
+            trainer.check_val_every_n_epoch = epochs + 1
         logger.info(
             "DHKD trains for %d steps (%d epochs): %d for the teacher, %d for the student.",
             self.total_steps,
@@ -303,7 +314,9 @@ class Dhkd(AnomalibModule):
         del args, kwargs  # These variables are not used.
         if self.trainer.global_step >= self.total_steps:
             self.model.calibrate(self._training_images())
-            # A budget that ends within an epoch would else end without validation.
+            if self._validate_at_end:
+                self.trainer.check_val_every_n_epoch = 1
+            # A run that ends within an epoch would else end without validation.
             self.trainer.should_stop = True
 
     def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:

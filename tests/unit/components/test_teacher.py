@@ -14,7 +14,7 @@ def _teacher(channels: int, condition_channels: int) -> FlowTeacher:
     teacher = FlowTeacher(channels, condition_channels, steps=4, hidden_channels=16)
     for module in teacher.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=0.1)
+            nn.init.kaiming_uniform_(module.weight, a=3)
     return teacher
 
 
