@@ -57,7 +57,7 @@ class Dhkd(AnomalibModule):
             others are downloaded by timm.
             Defaults to ``"efficientnet_lite0_bundled"``.
         layers (Sequence[str]): Layers of the backbone, finest first; each is one scale.
-            Defaults to ``("blocks.2", "blocks.4", "blocks.6")``.
+            Defaults to ``("blocks.2", "blocks.4")``.
         pre_trained (bool): Load ImageNet weights into the backbone.
             Defaults to ``True``.
         weights (str | Path | None): Local file with a state dict of the whole timm model, to be used instead of a
@@ -91,7 +91,7 @@ class Dhkd(AnomalibModule):
             mean of the highest hundredth of the positions.
             Defaults to ``"topk"``.
         train_steps (int): Budget of optimiser steps for both phases together.
-            Defaults to ``160``.
+            Defaults to ``140``.
         teacher_share (float): Share of the steps that the teacher gets, between 0 and 1.
             Defaults to ``0.5``.
         learning_rate (float): Peak learning rate of Adam; in each phase it warms up and falls to zero along a cosine.
@@ -113,7 +113,7 @@ class Dhkd(AnomalibModule):
     def __init__(
         self,
         backbone: str = "efficientnet_lite0_bundled",
-        layers: Sequence[str] = ("blocks.2", "blocks.4", "blocks.6"),
+        layers: Sequence[str] = ("blocks.2", "blocks.4"),
         pre_trained: bool = True,
         weights: str | Path | None = None,
         positional_channels: int = 32,
@@ -127,7 +127,7 @@ class Dhkd(AnomalibModule):
         affinity_weight: float = 1.0,
         calibration: bool = True,
         image_score: Literal["mean", "max", "topk"] = "topk",
-        train_steps: int = 160,
+        train_steps: int = 140,
         teacher_share: float = 0.5,
         learning_rate: float = 3e-3,
         pre_processor: PreProcessor | bool = True,
