@@ -15,13 +15,20 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # Train on images made on the spot, export to OpenVINO, say where things are.
 quickstart: $(VENV)/installed
 	$(BIN)/anomalib train --config configs/quickstart.yaml
-	$(BIN)/anomalib export --model anomalib_dhkd.Dhkd --export_type openvino \
-		--ckpt_path $(RESULTS)/weights/lightning/model.ckpt --export_root $(RESULTS)
+	@$(BIN)/anomalib export --model anomalib_dhkd.Dhkd --export_type openvino \
+		--ckpt_path $(RESULTS)/weights/lightning/model.ckpt --export_root $(RESULTS) \
+		> $(RESULTS)/export.log 2>&1 || { cat $(RESULTS)/export.log; exit 1; }
 	@echo
-	@echo "Scores:         in the table above"
+	@echo "Scores:         the table above"
 	@echo "Heat maps:      $(RESULTS)/images/test"
 	@echo "Checkpoint:     $(RESULTS)/weights/lightning/model.ckpt"
 	@echo "OpenVINO model: $(RESULTS)/weights/openvino/model.xml"
+
+# The picture in the README: one heat map of each kind of defect from the quickstart's results.
+docs/quickstart.png: $(VENV)/installed
+	$(BIN)/python -c "import numpy; from pathlib import Path; from skimage import io; \
+		files = sorted(Path('$(RESULTS)/images/test').glob('[!g]*/000.png')); \
+		io.imsave('$@', numpy.vstack([io.imread(file) for file in files]))"
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -136,8 +136,7 @@ class Dhkd(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         for name, value, allowed, valid in (
-            ("positional_channels", positional_channels, "a multiple of 4, or 0", positional_channels % 4 == 0),
-            ("positional_channels", positional_channels, "a multiple of 4, or 0", positional_channels >= 0),
+            ("positional_channels", positional_channels, "0, 4, 8, ...", positional_channels in range(0, 1 << 16, 4)),
             ("flow_steps", flow_steps, "at least 0", flow_steps >= 0),
             ("flow_channels", flow_channels, "at least 1", flow_channels >= 1),
             ("student_blocks", student_blocks, "at least 0", student_blocks >= 0),
