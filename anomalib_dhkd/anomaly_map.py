@@ -21,7 +21,8 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         scales (int): Number of scales.
         calibration (bool): With ``False`` the map is the plain sum of the distances.
-        image_score (str): ``"mean"`` or ``"max"`` of the map, or ``"topk"``, the mean of its highest hundredth.
+        image_score (str): ``"mean"`` or ``"max"`` of the map, or ``"topk"``, the mean of the highest half per cent
+            of its pixels.
     """
 
     def __init__(self, scales: int, calibration: bool, image_score: str) -> None:
@@ -51,7 +52,7 @@ class AnomalyMapGenerator(nn.Module):
         elif self.image_score == "max":
             score = values.amax(dim=1, keepdim=True)
         else:
-            score = values.topk(max(1, values.shape[1] // 100), dim=1).values.mean(dim=1, keepdim=True)
+            score = values.topk(max(1, values.shape[1] // 200), dim=1).values.mean(dim=1, keepdim=True)
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=score)
 
     def fit(self, distances: list[list[torch.Tensor]]) -> None:

@@ -88,7 +88,7 @@ class Dhkd(AnomalibModule):
         calibration (bool): Calibrate the scales on training statistics before fusing them.
             Defaults to ``True``.
         image_score (str): How the image score is read off the anomaly map: ``"mean"``, ``"max"`` or ``"topk"``, the
-            mean of the highest hundredth of the positions.
+            mean of the highest half per cent of its pixels.
             Defaults to ``"topk"``.
         train_steps (int): Budget of optimiser steps for both phases together.
             Defaults to ``140``.

@@ -100,12 +100,21 @@ def test_command_line(quickstart_root: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("model.xml"))) == 1
 
     image = next(quickstart_root.rglob("test/dent/000.png"))
-    for path, expected in ((image, 1), (image.parent, 2)):
-        before = set(tmp_path.rglob("images/**/*.png"))
-        anomalib("predict", *model, "--ckpt_path", str(checkpoint), "--data", str(path))
-        written = set(tmp_path.rglob("images/**/*.png")) - before
-        assert len(written) <= expected
-        assert all(np.asarray(Image.open(file)).ndim == 3 for file in written)
+    for path, expected in ((image, ["000.png"]), (image.parent, ["000.png", "001.png"])):
+        folder = tmp_path / f"predicted_{len(expected)}"
+        anomalib(
+            "predict",
+            *model,
+            "--ckpt_path",
+            str(checkpoint),
+            "--data",
+            str(path),
+            "--default_root_dir",
+            str(folder),
+        )
+        written = sorted(folder.rglob("images/**/*.png"))
+        assert [file.name for file in written] == expected
+        assert all(np.asarray(Image.open(file)).std() > 1 for file in written)
 
 
 def test_help_is_readable(tmp_path: Path) -> None:
