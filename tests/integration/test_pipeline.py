@@ -49,7 +49,8 @@ def test_openvino_export_agrees_with_torch(trained: Trained, tmp_path: Path) -> 
             np.testing.assert_allclose(outputs[name], getattr(expected, name).numpy(), atol=1e-3, rtol=0)
 
 
-def test_openvino_inferencer(trained: Trained, tmp_path: Path) -> None:
+def test_openvino_inferencer(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the inferencer leaves a cache in the working directory
     engine, model, datamodule = trained
     path = engine.export(model, ExportType.OPENVINO, export_root=tmp_path)
     image_path = datamodule.test_data.samples.image_path[0]
