@@ -20,7 +20,7 @@ class AnomalyMapGenerator(nn.Module):
 
     Args:
         scales (int): Number of scales.
-        calibration (bool): With ``False`` the map is the plain sum of the distances.
+        calibration (bool): With ``False`` the map is the plain mean of the distances.
         image_score (str): ``"mean"`` or ``"max"`` of the map, or ``"topk"``, the mean of the highest half per cent
             of its pixels.
     """

@@ -171,7 +171,7 @@ def scratch(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np
     (r0, c0), (r1, c1), (r2, c2) = points
     support[draw.bezier_curve(r0, c0, r1, c1, r2, c2, weight=1)] = True
     support = gaussian_filter(support.astype(float), rng.uniform(0.9, 1.5)) > 0.08
-    return _blend(image, 0.95 if rng.random() < 0.5 else 0.05, support, softness=0.0) * 1.0, support
+    return _blend(image, 0.95 if rng.random() < 0.5 else 0.05, support, softness=0.0), support
 
 
 def stain(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
