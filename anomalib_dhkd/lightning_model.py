@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from anomalib import LearningType
 from anomalib.data import Batch
-from anomalib.metrics import Evaluator
+from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -38,6 +38,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms.v2 import Resize
 
 from .loss import AffinityLoss, DistillationLoss, FlowLoss
+from .metrics import ResponseShift
+from .post_processor import RankPreservingPostProcessor
 from .torch_model import DhkdModel
 
 logger = logging.getLogger(__name__)
@@ -175,6 +177,9 @@ class Dhkd(AnomalibModule):
             calibration=calibration,
             image_score=image_score,
         )
+        channels = self.model.features.channels
+        self.teacher_shift = ResponseShift(channels) if self.model.teachers is not None else None
+        self.student_shift = ResponseShift(channels) if self.model.students is not None else None
         self.flow_loss = FlowLoss()
         self.distillation_loss = DistillationLoss()
         self.affinity_loss = AffinityLoss() if affinity_weight else None
@@ -207,6 +212,36 @@ class Dhkd(AnomalibModule):
             PreProcessor: Configured pre-processor.
         """
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Configure the default post-processor.
+
+        Returns:
+            PostProcessor: One that keeps the order of scores.
+        """
+        return RankPreservingPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Configure the default test metrics.
+
+        Returns:
+            Evaluator: AUROC, average precision (``AUPR``), F1 at the best and at the set threshold for images;
+                AUROC, AUPRO up to a false-positive rate of 0.3, and F1 at the set threshold for pixels.
+        """
+        image, image_label = ["pred_score", "gt_label"], ["pred_label", "gt_label"]
+        pixel, pixel_label = ["anomaly_map", "gt_mask"], ["pred_mask", "gt_mask"]
+        return Evaluator(
+            test_metrics=[
+                AUROC(fields=image, prefix="image_"),
+                AUPR(fields=image, prefix="image_"),
+                F1Max(fields=image, prefix="image_"),
+                F1Score(fields=image_label, prefix="image_"),
+                AUROC(fields=pixel, prefix="pixel_", strict=False),
+                AUPRO(fields=pixel, prefix="pixel_", strict=False),
+                F1Score(fields=pixel_label, prefix="pixel_", strict=False),
+            ],
+        )
 
     @property
     def phase(self) -> Literal["teacher", "student"]:
@@ -290,7 +325,8 @@ class Dhkd(AnomalibModule):
 
         with torch.no_grad():
             features = self.model.features(batch.image)
-        if self.phase == "teacher":
+        phase = self.phase
+        if phase == "teacher":
             loss = self.flow_loss(*self.model.teach(features))
             losses = {"teacher_loss": loss}
         else:
@@ -305,7 +341,7 @@ class Dhkd(AnomalibModule):
                 losses["affinity_loss"] = affinity
         self.log_dict(losses, prog_bar=True, batch_size=len(features[0]))
         # Loggers take numbers only: 1 is the teacher's phase, 2 the student's.
-        self.log("phase", 1.0 if self.phase == "teacher" else 2.0, prog_bar=True, batch_size=len(features[0]))
+        self.log("phase", 1.0 if phase == "teacher" else 2.0, prog_bar=True, batch_size=len(features[0]))
         return {"loss": loss}
 
     def on_train_batch_end(self, *args, **kwargs) -> None:
@@ -331,6 +367,34 @@ class Dhkd(AnomalibModule):
         """
         del args, kwargs  # These variables are not used.
         return batch.update(**self.model(batch.image)._asdict())
+
+    def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
+        """Compute anomaly maps and scores, and how far the responses move on anomalies.
+
+        Args:
+            batch (Batch): Input batch.
+            batch_idx (int): Index of the batch (unused).
+            *args: Additional arguments (unused).
+            **kwargs: Additional keyword arguments (unused).
+
+        Returns:
+            STEP_OUTPUT: The batch with predictions.
+        """
+        del args, kwargs, batch_idx  # These variables are not used.
+        image: Any = batch.image
+        labels: Any = batch.gt_label
+        latents, predictions = self.model.respond(image)
+        for shift, responses in ((self.teacher_shift, latents), (self.student_shift, predictions)):
+            if shift is not None:
+                shift.update(responses, labels, batch.gt_mask)
+        height, width = image.shape[-2:]
+        return batch.update(**self.model.score(latents, predictions, (height, width))._asdict())
+
+    def on_test_epoch_end(self) -> None:
+        """Log the paper's objective: the teacher's response should move on anomalies, the student's should not."""
+        for name, shift in (("teacher_shift", self.teacher_shift), ("student_shift", self.student_shift)):
+            if shift is not None:
+                self.log(name, shift)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure Adam with one parameter group and one learning-rate schedule a phase.

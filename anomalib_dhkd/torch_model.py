@@ -128,21 +128,53 @@ class DhkdModel(nn.Module):
             predictions.append(student(inputs if condition is None else torch.cat([inputs, condition], dim=1)))
         return predictions
 
-    def distances(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Compute how anomalous each position of each scale is.
+    def respond(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run teacher and student on the features of images.
 
         Args:
             images (torch.Tensor): Images of shape ``(B, 3, H, W)`` with values in ``[0, 1]``.
 
         Returns:
-            list[torch.Tensor]: A map of shape ``(B, 1, h, w)`` a scale, the mean over channels of the squared
-                difference of teacher and student; without a student, of the squared latent.
+            tuple[list[torch.Tensor], list[torch.Tensor]]: Responses of the teacher and of the student, of shape
+                ``(B, C, h, w)`` a scale. Without a student its responses are zeros.
         """
         features = self.features(images)
-        differences, _ = self.teach(features)
-        if self.students is not None:
-            differences = [t - s for t, s in zip(differences, self.study(features), strict=True)]
-        return [difference.square().mean(dim=1, keepdim=True) for difference in differences]
+        latents, _ = self.teach(features)
+        predictions = [torch.zeros_like(z) for z in latents] if self.students is None else self.study(features)
+        return latents, predictions
+
+    @staticmethod
+    def distances(latents: list[torch.Tensor], predictions: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Compute how anomalous each position of each scale is.
+
+        Args:
+            latents (list[torch.Tensor]): Responses of the teacher.
+            predictions (list[torch.Tensor]): Responses of the student.
+
+        Returns:
+            list[torch.Tensor]: The mean over channels of the squared difference, a map of shape ``(B, 1, h, w)`` a
+                scale.
+        """
+        return [(t - s).square().mean(dim=1, keepdim=True) for t, s in zip(latents, predictions, strict=True)]
+
+    def score(
+        self,
+        latents: list[torch.Tensor],
+        predictions: list[torch.Tensor],
+        image_size: tuple[int, int],
+    ) -> InferenceBatch:
+        """Turn the responses into an anomaly map and an image score.
+
+        Args:
+            latents (list[torch.Tensor]): Responses of the teacher.
+            predictions (list[torch.Tensor]): Responses of the student.
+            image_size (tuple[int, int]): Height and width of the anomaly map.
+
+        Returns:
+            InferenceBatch: ``pred_score`` of shape ``(B, 1)`` and ``anomaly_map`` of shape ``(B, 1, H, W)``, both
+                unbounded, higher for more anomalous.
+        """
+        return self.anomaly_map_generator(self.distances(latents, predictions), image_size)
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Detect anomalies.
@@ -151,11 +183,10 @@ class DhkdModel(nn.Module):
             images (torch.Tensor): Images of shape ``(B, 3, H, W)`` with values in ``[0, 1]``.
 
         Returns:
-            InferenceBatch: ``pred_score`` of shape ``(B, 1)`` and ``anomaly_map`` of shape ``(B, 1, H, W)``, both
-                unbounded, higher for more anomalous.
+            InferenceBatch: See :meth:`score`.
         """
         height, width = images.shape[-2:]
-        return self.anomaly_map_generator(self.distances(images), (height, width))
+        return self.score(*self.respond(images), (height, width))
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
@@ -166,5 +197,5 @@ class DhkdModel(nn.Module):
         """
         training = self.training
         self.eval()
-        self.anomaly_map_generator.fit([self.distances(images) for images in batches])
+        self.anomaly_map_generator.fit([self.distances(*self.respond(images)) for images in batches])
         self.train(training)

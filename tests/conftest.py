@@ -2,8 +2,13 @@
 
 """Fixtures shared by the tests."""
 
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+import openvino as ov
 import pytest
 import torch
 from anomalib.engine import Engine
@@ -14,6 +19,26 @@ REPOSITORY = Path(__file__).parents[1]
 
 SMALL = {"flow_steps": 2, "flow_channels": 8, "student_blocks": 1, "student_channels": 8}
 """Arguments of a network that trains in a moment; everything is switched on."""
+
+
+def anomalib(folder: Path, *arguments: str) -> None:
+    """Run anomalib's command line in a folder, as a user would."""
+    command = [str(Path(sys.executable).with_name("anomalib")), *arguments]
+    completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
+
+
+def openvino_difference(path: Path, model: Dhkd, images: Iterable[torch.Tensor]) -> float:
+    """Return the largest difference of an exported model's scores and maps from those of the model itself."""
+    compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    largest = 0.0
+    for image in images:
+        with torch.no_grad():
+            expected = model(image[None])
+        outputs = compiled(image[None].numpy())
+        for name in ("pred_score", "anomaly_map"):
+            largest = max(largest, float(np.abs(outputs[name] - getattr(expected, name).numpy()).max()))
+    return largest
 
 
 @pytest.fixture(autouse=True)

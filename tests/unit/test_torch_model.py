@@ -71,8 +71,11 @@ def test_without_student_the_map_is_the_teachers() -> None:
     assert not [name for name, _ in model.named_parameters() if "student" in name]
     images = torch.rand(2, 3, 64, 64)
     latents, _ = model.teach(model.features(images))
-    for distance, latent in zip(model.distances(images), latents, strict=True):
-        torch.testing.assert_close(distance, latent.square().mean(dim=1, keepdim=True))
+    responses, predictions = model.respond(images)
+    assert all((prediction == 0).all() for prediction in predictions)
+    torch.testing.assert_close(responses, latents)
+    maps = [latent.square().mean(dim=1, keepdim=True) for latent in latents]
+    torch.testing.assert_close(model(images).anomaly_map, model.anomaly_map_generator(maps, (64, 64)).anomaly_map)
     with pytest.raises(RuntimeError, match="no student"):
         model.study(model.features(images))
 
@@ -96,9 +99,11 @@ def test_without_positional_encoding_the_place_does_not_matter(monkeypatch: pyte
     assert calls
 
 
-def test_distances_are_small_where_the_student_is_right() -> None:
+def test_map_is_low_where_the_student_is_right() -> None:
     model = _model().eval()
     images = torch.rand(2, 3, 64, 64)
     model.study = lambda features: model.teach(features)[0]
-    assert all((distance == 0).all() for distance in model.distances(images))
-    assert model(images).anomaly_map.isfinite().all()
+    perfect = model(images).anomaly_map
+    assert perfect.isfinite().all()
+    del model.study
+    assert (perfect < model(images).anomaly_map).all()
