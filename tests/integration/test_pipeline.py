@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from anomalib.data import ImageBatch
@@ -37,10 +38,32 @@ def test_checkpoint_restores_the_model(trained: Trained) -> None:
     assert (expected.anomaly_map != expected.anomaly_map[0]).any()
 
 
-def test_openvino_export_agrees_with_torch(trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize("export_type", [ExportType.ONNX, ExportType.OPENVINO])
+def test_export_agrees_with_torch(export_type: ExportType, trained: Trained, tmp_path: Path) -> None:
     engine, model, datamodule = trained
-    path = engine.export(model, ExportType.OPENVINO, export_root=tmp_path, input_size=(256, 256))
+    path = engine.export(model, export_type, export_root=tmp_path, input_size=(256, 256))
     assert openvino_difference(path, model.eval(), _images(datamodule)) <= 1e-3
+
+
+def test_false_alarm_threshold_and_sensitivity_are_exported(trained: Trained, tmp_path: Path) -> None:
+    engine, model, datamodule = trained
+    restored = Dhkd.load_from_checkpoint(engine.best_model_path).eval()
+    images = _images(datamodule)
+    with torch.no_grad():
+        raw = model.model(model.pre_processor(images))
+    restored.post_processor.false_alarm_rate = 0.5
+    restored.post_processor.normal_image_scores = raw.pred_score.flatten().sort().values.tolist()
+    restored.post_processor.normal_pixel_scores = raw.anomaly_map.flatten(1).amax(dim=1).sort().values.tolist()
+    restored.post_processor.image_sensitivity = 0.4
+    path = engine.export(restored, ExportType.OPENVINO, export_root=tmp_path)
+    assert openvino_difference(path, restored, images) <= 1e-3
+    with torch.no_grad():
+        expected = restored(images)
+    compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    labels = [bool(compiled(image[None].numpy())["pred_label"]) for image in images]
+    assert labels == expected.pred_label.flatten().tolist()
+    # Half of the scores are above 0.5, fewer above the 0.6 of the sensitivity.
+    assert 0 < sum(labels) < (expected.pred_score > 0.5).sum() == len(images) // 2
 
 
 def test_openvino_inferencer(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
