@@ -13,10 +13,13 @@ class AnomalyMapGenerator(nn.Module):
 
     Distances of different scales differ in size, and a scale's anomalies differ by orders of magnitude; summed raw, the
     scale with the largest energy drowns the others. With :math:`d_s` the distance map of scale :math:`s` and
-    :math:`\mu_s` the mean of :math:`\log d_s` over the training images, the map is
+    :math:`\mu_s`, :math:`\sigma_s` the mean and standard deviation of :math:`\log d_s` over the training images, the
+    map is
 
     .. math::
-        m = \frac{1}{S} \sum_s \operatorname{upsample}(\log d_s - \mu_s) .
+        m = \frac{1}{S} \sum_s \operatorname{upsample}\left(\frac{\log d_s - \mu_s}{\sigma_s}\right) .
+
+    The rule was chosen by measurement, see ``docs/scores.md``.
 
     Args:
         scales (int): Number of scales.
@@ -30,7 +33,9 @@ class AnomalyMapGenerator(nn.Module):
         self.calibration = calibration
         self.image_score = image_score
         self.register_buffer("log_mean", torch.zeros(scales))
+        self.register_buffer("log_std", torch.ones(scales))
         self.log_mean: torch.Tensor
+        self.log_std: torch.Tensor
 
     def forward(self, distances: list[torch.Tensor], image_size: tuple[int, int]) -> InferenceBatch:
         """Fuse the scales.
@@ -43,7 +48,10 @@ class AnomalyMapGenerator(nn.Module):
             InferenceBatch: ``anomaly_map`` of shape ``(B, 1, *image_size)`` and ``pred_score`` of shape ``(B, 1)``.
         """
         if self.calibration:
-            distances = [_log(distance) - self.log_mean[scale] for scale, distance in enumerate(distances)]
+            distances = [
+                (_log(distance) - self.log_mean[scale]) / self.log_std[scale]
+                for scale, distance in enumerate(distances)
+            ]
         upsampled = [F.interpolate(d, size=image_size, mode="bilinear", align_corners=False) for d in distances]
         anomaly_map = torch.stack(upsampled).mean(dim=0)
         values = anomaly_map.flatten(1)
@@ -62,7 +70,9 @@ class AnomalyMapGenerator(nn.Module):
             distances (list[list[torch.Tensor]]): Distance maps of the training images, a list of scales a batch.
         """
         for scale, maps in enumerate(zip(*distances, strict=True)):
-            self.log_mean[scale] = _log(torch.cat(maps)).mean()
+            logs = _log(torch.cat(maps))
+            self.log_mean[scale] = logs.mean()
+            self.log_std[scale] = logs.std(correction=0).clamp_min(1e-6)  # 0 if all distances are the same
 
 
 def _log(distance: torch.Tensor) -> torch.Tensor:

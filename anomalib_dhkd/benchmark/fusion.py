@@ -4,10 +4,11 @@
 
 ``python -m anomalib_dhkd.benchmark.fusion --root path/to/mvtec_ad``
 
-Each category is trained on three scales, seed by seed, with a fifth of the training images held out. The scales learn
+Each category is trained on three scales, seed by seed, with a part of the training images held out. The scales learn
 independently of each other, so one training serves every choice of scales and every rule.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.engine import Engine
 from jsonargparse import auto_cli
 from lightning.pytorch import seed_everything
-from scipy.stats import betabinom
+from scipy.stats import beta, betabinom
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
@@ -126,7 +127,7 @@ def compare(measured: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def false_alarms(measured: dict[str, Any], rates: Sequence[float] = (0.025, 0.05, 0.1, 0.2)) -> pd.DataFrame:
+def false_alarms(measured: dict[str, Any], rates: Sequence[float]) -> pd.DataFrame:
     """Count the good test images above the thresholds of held-out images, with the model's default scoring.
 
     For comparison the thresholds of the images that were trained on, which are too low.
@@ -157,10 +158,24 @@ def expected_alarms(counts: pd.DataFrame) -> str:
     """
     probabilities = np.ones(1)
     for row in counts.itertuples():
-        beta = betabinom(row.good, row.held_out + 1 - row.rank, row.rank)
-        probabilities = np.convolve(probabilities, beta.pmf(np.arange(row.good + 1)))
+        alarms = betabinom(row.good, row.held_out + 1 - row.rank, row.rank)
+        probabilities = np.convolve(probabilities, alarms.pmf(np.arange(row.good + 1)))
     below = probabilities.cumsum()
     return f"{np.searchsorted(below, 0.025)} to {np.searchsorted(below, 0.975)}"
+
+
+def needed_images(rates: Sequence[float]) -> pd.DataFrame:
+    """Return how many held-out images each rate needs, and how far the rate of a single threshold may be off."""
+    rows = []
+    for rate in rates:
+        fewest = math.ceil(round(1 / rate, 9)) - 1
+        row = {"rate asked for": f"{rate:.1%}", "held-out images needed": fewest}
+        for name, count in (("with as many", fewest), ("with four times as many", 4 * fewest)):
+            rank = conformal_rank(count, rate)
+            low, high = beta(count + 1 - rank, rank).ppf([0.1, 0.9])
+            row[f"80 % of thresholds, {name}"] = f"{low:.1%} to {high:.1%}"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def spread(comparison: pd.DataFrame, columns: str) -> str:
@@ -178,6 +193,8 @@ def main(
     root: Path,
     categories: Sequence[str] = ("bottle", "grid", "screw"),
     seeds: Sequence[int] = (0, 1, 2),
+    val_split_ratio: float = 0.2,
+    rates: Sequence[float] = (0.025, 0.05, 0.1, 0.2),
     results_dir: Path = Path("results/fusion"),
 ) -> None:
     """Write and print the tables; trainings that an earlier call has finished are kept.
@@ -186,21 +203,27 @@ def main(
         root: Folder of MVTec AD.
         categories: Names of categories.
         seeds: Seeds of training and of the held-out images.
+        val_split_ratio: Share of the training images that is held out.
+        rates: Rates of false alarms to ask for.
         results_dir: Folder for the tables, distance maps and checkpoints.
     """
     results_dir.mkdir(parents=True, exist_ok=True)
     comparisons, counts = [], []
     for seed in seeds:
         for category in categories:
-            path = results_dir / f"{category}_{seed}.pt"
+            path = results_dir / f"{category}_{val_split_ratio}_{seed}.pt"
             if not path.exists():
                 datamodule = MVTec(
-                    root=root, category=category, val_split_mode="from_train", val_split_ratio=0.2, seed=seed
+                    root=root,
+                    category=category,
+                    val_split_mode="from_train",
+                    val_split_ratio=val_split_ratio,
+                    seed=seed,
                 )
                 torch.save(distances(datamodule, seed, results_dir), path)
             measured = torch.load(path)
             comparisons.append(compare(measured).assign(category=category, seed=seed))
-            counts.append(false_alarms(measured).assign(category=category, seed=seed))
+            counts.append(false_alarms(measured, rates).assign(category=category, seed=seed))
     comparison, alarms = pd.concat(comparisons), pd.concat(counts)
     comparison.to_csv(results_dir / "fusion.csv", index=False)
     alarms.to_csv(results_dir / "false_alarms.csv", index=False)
@@ -220,7 +243,8 @@ def main(
         }
         for (rate, seed), counts in alarms.groupby(["rate", "seed"])
     ]
-    print(f"False alarms over the categories\n\n{pd.DataFrame(totals).to_markdown(index=False)}")  # noqa: T201
+    print(f"False alarms over the categories\n\n{pd.DataFrame(totals).to_markdown(index=False)}\n")  # noqa: T201
+    print(f"Held-out images\n\n{needed_images(rates).to_markdown(index=False)}")  # noqa: T201
 
 
 if __name__ == "__main__":

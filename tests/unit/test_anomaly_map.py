@@ -12,12 +12,14 @@ def _distances(batch: int, scale: tuple[float, float] = (1.0, 1.0)) -> list[torc
     return [scale[0] * torch.rand(batch, 1, 8, 8) + 0.01, scale[1] * torch.rand(batch, 1, 4, 4) + 0.01]
 
 
-def test_calibrated_map_has_mean_zero_on_training_images() -> None:
+def test_calibrated_scales_have_mean_zero_and_variance_one_on_training_images() -> None:
     generator = AnomalyMapGenerator(2, calibration=True, image_score="mean")
-    distances = _distances(50, (3.0, 1000.0))
+    distances = [_distances(50)[0] ** 3, 1000 * torch.rand(50, 1, 8, 8) + 0.01]
     generator.fit([[d[:30] for d in distances], [d[30:] for d in distances]])
-    output = generator(distances, (8, 8))
-    assert output.anomaly_map.mean().item() == pytest.approx(0, abs=1e-4)
+    fused = generator(distances, (8, 8)).anomaly_map
+    assert fused.mean().item() == pytest.approx(0, abs=1e-4)
+    logs = [d.log() for d in distances]
+    torch.testing.assert_close(fused, sum((log - log.mean()) / log.std() for log in logs) / 2, rtol=1e-3, atol=1e-3)
 
 
 def test_calibration_cancels_the_size_of_a_scale() -> None:
