@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 import torch
-from anomalib.data.utils import ValSplitMode
+from anomalib.data import AnomalibDataModule
+from anomalib.data.utils import LabelName, ValSplitMode
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from torchmetrics import CatMetric
@@ -79,7 +80,9 @@ class RankPreservingPostProcessor(PostProcessor):
         """
         del pl_module  # Unused argument.
         datamodule: Any = getattr(trainer, "datamodule", None)
-        if self.false_alarm_rate is None or datamodule is None or stage not in {"fit", "validate"}:
+        if self.false_alarm_rate is None or stage not in {"fit", "validate"}:
+            return
+        if not isinstance(datamodule, AnomalibDataModule):
             return
         if datamodule.val_split_mode == ValSplitMode.SAME_AS_TEST:
             msg = (
@@ -87,8 +90,9 @@ class RankPreservingPostProcessor(PostProcessor):
                 "data module has val_split_mode='same_as_test'; 'from_train' holds out training images."
             )
             raise ValueError(msg)
-        labels = datamodule.val_data.samples.label_index if datamodule.val_data is not None else []
-        conformal_rank(sum(label == 0 for label in labels), self.false_alarm_rate)
+        val_data: Any = getattr(datamodule, "val_data", None)  # missing with val_split_mode='none'
+        count = 0 if val_data is None else int((val_data.samples.label_index == LabelName.NORMAL).sum())
+        conformal_rank(count, self.false_alarm_rate)
 
     def on_validation_batch_end(
         self,

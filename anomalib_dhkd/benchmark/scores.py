@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[Callable[..., AnomalibModule], int]] = {
     "Dhkd": (Dhkd, 6),
     "Padim": (lambda **features: Padim(**features, n_features=100), 1),
     "Cflow": (Cflow, 1),
-    "Stfpm": (Stfpm, 5),
+    "Stfpm": (Stfpm, 2),
 }
 """Constructors and epochs."""
 LEVELS = {"image": ("pred_score", "gt_label"), "pixel": ("anomaly_map", "gt_mask")}
@@ -54,7 +54,12 @@ def compare(name: str, datamodule: AnomalibDataModule, results_dir: Path) -> pd.
     seed_everything(0, workers=True)
     construct, epochs = MODELS[name]
     model: Any = construct(**FEATURES)
-    engine = Engine(default_root_dir=results_dir, max_epochs=epochs, enable_progress_bar=False)
+    engine = Engine(
+        default_root_dir=results_dir,
+        max_epochs=epochs,
+        check_val_every_n_epoch=epochs,
+        enable_progress_bar=False,
+    )
     engine.fit(model, datamodule)
     model.eval()
     originals, batches = [], []

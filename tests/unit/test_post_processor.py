@@ -214,11 +214,14 @@ def test_test_images_cannot_set_the_false_alarm_threshold(quickstart: Quickstart
     assert model.post_processor.normal_image_scores == []
 
 
-def test_too_few_good_images_are_refused_before_training(quickstart_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("val_split_mode", "count"), [("from_train", 4), ("none", 0)])
+def test_too_few_good_images_are_refused_before_training(
+    val_split_mode: str, count: int, quickstart_root: Path, tmp_path: Path
+) -> None:
     datamodule = Quickstart(
-        root=quickstart_root, num_train=8, num_test=2, num_workers=0, val_split_mode="from_train", val_split_ratio=0.5
+        root=quickstart_root, num_train=8, num_test=2, num_workers=0, val_split_mode=val_split_mode, val_split_ratio=0.5
     )
-    with pytest.raises(ValueError, match="needs at least 9 good validation images, got 4"):
+    with pytest.raises(ValueError, match=f"needs at least 9 good validation images, got {count}"):
         _fit(datamodule, tmp_path, false_alarm_rate=0.1)
     assert not list(tmp_path.rglob("*.ckpt"))
 
