@@ -64,7 +64,7 @@ def compare(name: str, datamodule: AnomalibDataModule, results_dir: Path) -> pd.
     model.eval()
     originals, batches = [], []
     for batch in datamodule.test_dataloader():
-        originals.extend(batch.image)
+        originals.append(batch.image)
         image, batch.gt_mask = model.pre_processor.transform(batch.image, batch.gt_mask)
         with torch.no_grad():
             prediction = model.model(image)
@@ -97,7 +97,8 @@ def compare(name: str, datamodule: AnomalibDataModule, results_dir: Path) -> pd.
             decoder.to = lambda _device, decoder=decoder: decoder
     path = engine.export(model, ExportType.OPENVINO, export_root=results_dir / name / datamodule.category)
     compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    outputs = [compiled(image[None].numpy()) for image in originals]
+    # The same batches: CFlow's scores depend on the other images of a batch.
+    outputs = [compiled(images.numpy()) for images in originals]
     for level, (score, truth) in LEVELS.items():
         truths = torch.cat([getattr(batch, truth).flatten() for batch in batches])
         values = torch.cat([torch.from_numpy(output[score]).flatten() for output in outputs])
