@@ -148,8 +148,7 @@ class RankPreservingPostProcessor(PostProcessor):
         """
         if self.false_alarm_rate is None:
             return super().image_threshold
-        rank = conformal_rank(len(self.normal_image_scores), self.false_alarm_rate)
-        return torch.full_like(self.image_min, self.normal_image_scores[rank - 1])
+        return self._false_alarm_threshold(self.normal_image_scores, self.false_alarm_rate)
 
     @property
     def pixel_threshold(self) -> torch.Tensor:
@@ -163,8 +162,11 @@ class RankPreservingPostProcessor(PostProcessor):
         """
         if self.false_alarm_rate is None:
             return super().pixel_threshold
-        rank = conformal_rank(len(self.normal_pixel_scores), self.false_alarm_rate)
-        return torch.full_like(self.pixel_min, self.normal_pixel_scores[rank - 1])
+        return self._false_alarm_threshold(self.normal_pixel_scores, self.false_alarm_rate)
+
+    def _false_alarm_threshold(self, scores: list[float], false_alarm_rate: float) -> torch.Tensor:
+        """Return the threshold of sorted good scores, on this module's device."""
+        return torch.full_like(self.image_min, scores[conformal_rank(len(scores), false_alarm_rate) - 1])
 
     @staticmethod
     def _normalize(
@@ -199,6 +201,11 @@ class RankPreservingPostProcessor(PostProcessor):
         return torch.where(finite, torch.where(distance < 0, tail, 1 - tail), preds)
 
 
+def fewest_scores(false_alarm_rate: float) -> int:
+    """Return how many good scores a rate of false alarms needs at least."""
+    return math.ceil(round(1 / false_alarm_rate, 9)) - 1
+
+
 def conformal_rank(count: int, false_alarm_rate: float) -> int:
     """Return which smallest of the good scores is the threshold.
 
@@ -215,7 +222,7 @@ def conformal_rank(count: int, false_alarm_rate: float) -> int:
     rank = math.ceil(round((count + 1) * (1 - false_alarm_rate), 9))  # 100 x 0.99 may be a little above 99
     if rank > count:
         msg = (
-            f"false_alarm_rate={false_alarm_rate} needs at least {math.ceil(1 / false_alarm_rate) - 1} good validation "
+            f"false_alarm_rate={false_alarm_rate} needs at least {fewest_scores(false_alarm_rate)} good validation "
             f"images, got {count}; raise the data module's val_split_ratio, or the rate."
         )
         raise ValueError(msg)

@@ -58,6 +58,15 @@ def quickstart(quickstart_root: Path) -> Quickstart:
     return Quickstart(root=quickstart_root, num_train=8, num_test=2, train_batch_size=4, num_workers=0)
 
 
+@pytest.fixture
+def held_out_quickstart(quickstart_root: Path) -> Quickstart:
+    """A data module that trains on four images and validates on four others."""
+    return Quickstart(
+        root=quickstart_root, num_train=8, num_test=2, train_batch_size=4, num_workers=0, seed=0,
+        val_split_mode="from_train", val_split_ratio=0.5,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def trained(quickstart_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Dhkd, Quickstart]:
     """A small model after a whole training, with its engine and data."""

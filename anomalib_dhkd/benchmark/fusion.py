@@ -8,7 +8,6 @@ Each category is trained on three scales, seed by seed, with a part of the train
 independently of each other, so one training serves every choice of scales and every rule.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from anomalib.data import AnomalibDataModule, AnomalibDataset
+from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from jsonargparse import auto_cli
 from lightning.pytorch import seed_everything
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_dhkd import Dhkd, MVTec, RankPreservingPostProcessor
 from anomalib_dhkd.anomaly_map import AnomalyMapGenerator
-from anomalib_dhkd.post_processor import conformal_rank
+from anomalib_dhkd.post_processor import conformal_rank, fewest_scores
 
 LAYERS = ("blocks.2", "blocks.4", "blocks.6")
 
@@ -50,20 +49,21 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
     Engine(default_root_dir=results_dir, enable_progress_bar=False).fit(model, datamodule)
     model.eval()
     transform = model.pre_processor.transform
+    test_data: Any = datamodule.test_data
 
     @torch.no_grad()
-    def measure(dataset: AnomalibDataset) -> list[torch.Tensor]:
+    def measure(images: Any) -> list[torch.Tensor]:
         batches = [
             model.model.distances(*model.model.respond(transform(batch.image)))
-            for batch in DataLoader(dataset, batch_size=16, collate_fn=dataset.collate_fn)
+            for batch in DataLoader(images, batch_size=16, collate_fn=test_data.collate_fn)
         ]
         return [torch.cat(maps) for maps in zip(*batches, strict=True)]
 
-    test: Any = datamodule.test_data
+    test = list(test_data)
     return {
         "train": measure(datamodule.train_data),
         "held_out": measure(datamodule.val_data),
-        "test": measure(datamodule.test_data),
+        "test": measure(test),
         "labels": torch.stack([item.gt_label for item in test]),
         "masks": torch.stack([transform(item.gt_mask[None].float())[0] > 0.5 for item in test]),
     }
@@ -168,7 +168,7 @@ def needed_images(rates: Sequence[float]) -> pd.DataFrame:
     """Return how many held-out images each rate needs, and how far the rate of a single threshold may be off."""
     rows = []
     for rate in rates:
-        fewest = math.ceil(round(1 / rate, 9)) - 1
+        fewest = fewest_scores(rate)
         row = {"rate asked for": f"{rate:.1%}", "held-out images needed": fewest}
         for name, count in (("with as many", fewest), ("with four times as many", 4 * fewest)):
             rank = conformal_rank(count, rate)

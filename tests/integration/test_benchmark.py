@@ -24,12 +24,8 @@ def test_scores_of_built_in_models(model: str, quickstart: Quickstart, tmp_path:
     assert model in scores.markdown(table)
 
 
-def test_fusion(quickstart_root: Path, tmp_path: Path) -> None:
-    datamodule = Quickstart(
-        root=quickstart_root, num_train=8, num_test=2, train_batch_size=4, num_workers=0, seed=0,
-        val_split_mode="from_train", val_split_ratio=0.5,
-    )  # fmt: skip
-    measured = fusion.distances(datamodule, 0, tmp_path, **SMALL, train_steps=4)
+def test_fusion(held_out_quickstart: Quickstart, tmp_path: Path) -> None:
+    measured = fusion.distances(held_out_quickstart, 0, tmp_path, **SMALL, train_steps=4)
     assert [len(measured[split][0]) for split in ("train", "held_out", "test")] == [4, 4, 12]
     comparison = fusion.compare(measured)
     assert set(comparison["score"]) == {"mean", "max", "top 5 %", "top 1 %", "top 0.5 %", "pixel"}

@@ -175,16 +175,12 @@ def _fit(datamodule: Quickstart, folder: Path, **arguments: float) -> tuple[Engi
     return engine, model
 
 
-def test_threshold_comes_from_held_out_training_images_alone(quickstart_root: Path, tmp_path: Path) -> None:
-    datamodule = Quickstart(
-        root=quickstart_root, num_train=8, num_test=2, train_batch_size=4, num_workers=0, seed=0,
-        val_split_mode="from_train", val_split_ratio=0.5,
-    )  # fmt: skip
-    engine, model = _fit(datamodule, tmp_path, false_alarm_rate=0.3)
-    held_out = datamodule.val_data
+def test_threshold_comes_from_held_out_training_images_alone(held_out_quickstart: Quickstart, tmp_path: Path) -> None:
+    engine, model = _fit(held_out_quickstart, tmp_path, false_alarm_rate=0.3)
+    held_out = held_out_quickstart.val_data
     assert len(held_out) == 4
     assert (held_out.samples.split == "train").all()
-    assert not set(held_out.samples.image_path) & set(datamodule.train_data.samples.image_path)
+    assert not set(held_out.samples.image_path) & set(held_out_quickstart.train_data.samples.image_path)
 
     batch = held_out.collate_fn(list(held_out))
     with torch.no_grad():
