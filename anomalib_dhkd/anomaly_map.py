@@ -52,9 +52,10 @@ class AnomalyMapGenerator(nn.Module):
                 (_log(distance) - self.log_mean[scale]) / self.log_std[scale]
                 for scale, distance in enumerate(distances)
             ]
-        upsampled = [F.interpolate(d, size=image_size, mode="bilinear", align_corners=False) for d in distances]
-        anomaly_map = torch.stack(upsampled).mean(dim=0)
-        values = anomaly_map.flatten(1)
+        height, width = distances[0].shape[-2:]
+        fused = torch.stack([resize(distance, height, width) for distance in distances]).mean(dim=0)
+        anomaly_map = resize(fused, *image_size)
+        values = fused.flatten(1)
         if self.image_score == "mean":
             score = values.mean(dim=1, keepdim=True)
         elif self.image_score == "max":
@@ -73,6 +74,26 @@ class AnomalyMapGenerator(nn.Module):
             logs = _log(torch.cat(maps))
             self.log_mean[scale] = logs.mean()
             self.log_std[scale] = logs.std(correction=0).clamp_min(1e-6)  # 0 if all distances are the same
+
+
+def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Interpolate maps bilinearly, as ``torch.nn.functional.interpolate`` does, by two matrix products.
+
+    For maps of one channel, OpenVINO's interpolation takes ten times as long as the products.
+
+    Args:
+        maps (torch.Tensor): Maps of shape ``(..., h, w)``.
+        height (int): Rows of the result.
+        width (int): Columns of the result.
+
+    Returns:
+        torch.Tensor: Maps of shape ``(..., height, width)``.
+    """
+    rows, columns = (
+        F.interpolate(torch.eye(old, dtype=maps.dtype, device=maps.device)[None], size=new, mode="linear")[0]
+        for old, new in zip(maps.shape[-2:], (height, width), strict=True)
+    )
+    return rows.mT @ maps @ columns
 
 
 def _log(distance: torch.Tensor) -> torch.Tensor:

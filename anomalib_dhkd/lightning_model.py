@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataset, Batch
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -35,8 +35,10 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
+from .data.feature_cache import FeatureBatch, FeatureCache
 from .loss import AffinityLoss, DistillationLoss, FlowLoss
 from .metrics import ResponseShift
 from .post_processor import RankPreservingPostProcessor
@@ -68,16 +70,17 @@ class Dhkd(AnomalibModule):
         positional_channels (int): Channels of the sinusoidal positional encoding that conditions teacher and student,
             a multiple of 4; 0 switches it off.
             Defaults to ``32``.
-        flow_steps (int): Coupling blocks of the normalising-flow teacher. 0 switches the flow off: the student then
+        flow_steps (int): Couplings of the normalising-flow teacher. 0 switches the flow off: the student then
             learns the standardised features themselves.
-            Defaults to ``4``.
-        flow_channels (int): Width of the flow's coupling subnets.
+            Defaults to ``2``.
+        flow_channels (int): Width of the flow's coupling subnets at the first layer; at the others in proportion to
+            the layers' channels.
             Defaults to ``64``.
         student_blocks (int): Dual-domain blocks of the student. 0 switches the student off: the score is then the
             teacher's likelihood, and the teacher trains for the whole budget.
-            Defaults to ``2``.
-        student_channels (int): Width of the student.
-            Defaults to ``64``.
+            Defaults to ``1``.
+        student_channels (int): Width of the student at the first layer; at the others in proportion likewise.
+            Defaults to ``48``.
         frequency_branch (bool): Reconstruct in the frequency domain too; ``False`` leaves the spatial domain alone.
             Defaults to ``True``.
         noise_std (float): Standard deviation of the Gaussian noise on the student's features in training, in standard
@@ -93,11 +96,15 @@ class Dhkd(AnomalibModule):
             mean of the highest half per cent of its pixels.
             Defaults to ``"topk"``.
         train_steps (int): Budget of optimiser steps for both phases together.
-            Defaults to ``140``.
+            Defaults to ``300``.
         teacher_share (float): Share of the steps that the teacher gets, between 0 and 1.
             Defaults to ``0.5``.
+        cache_limit (float | None): Features of the training images are extracted once and kept, in memory up to this
+            many GiB, above it in a memory-mapped temporary file; ``None`` extracts them at every step. With training
+            augmentations nothing is kept.
+            Defaults to ``2.0``.
         learning_rate (float): Peak learning rate of Adam; in each phase it warms up and falls to zero along a cosine.
-            Defaults to ``3e-3``.
+            Defaults to ``1e-2``.
         pre_processor (PreProcessor | bool, optional): Pre-processor instance or flag to use default. Images must
             leave it with values in [0, 1].
             Defaults to ``True``.
@@ -119,19 +126,20 @@ class Dhkd(AnomalibModule):
         pre_trained: bool = True,
         weights: str | Path | None = None,
         positional_channels: int = 32,
-        flow_steps: int = 4,
+        flow_steps: int = 2,
         flow_channels: int = 64,
-        student_blocks: int = 2,
-        student_channels: int = 64,
+        student_blocks: int = 1,
+        student_channels: int = 48,
         frequency_branch: bool = True,
         noise_std: float = 0.2,
         noise_coverage: float = 0.3,
         affinity_weight: float = 1.0,
         calibration: bool = True,
         image_score: Literal["mean", "max", "topk"] = "topk",
-        train_steps: int = 140,
+        train_steps: int = 300,
         teacher_share: float = 0.5,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-2,
+        cache_limit: float | None = 2.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -151,6 +159,7 @@ class Dhkd(AnomalibModule):
             ("train_steps", train_steps, "at least 2", train_steps >= 2),
             ("teacher_share", teacher_share, "above 0 and below 1", 0 < teacher_share < 1),
             ("learning_rate", learning_rate, "above 0", learning_rate > 0),
+            ("cache_limit", cache_limit, "at least 0 or None", cache_limit is None or cache_limit >= 0),
         ):
             if not valid:
                 msg = f"{name} must be {allowed}, got {value!r}."
@@ -189,6 +198,8 @@ class Dhkd(AnomalibModule):
         self.learning_rate = learning_rate
         self.total_steps = train_steps
         self.teacher_steps = 0
+        self.cache_limit = cache_limit
+        self._cache: FeatureCache | None = None
         self._validate_at_end = False
 
     @property
@@ -261,6 +272,7 @@ class Dhkd(AnomalibModule):
             return
         trainer: Any = self.trainer
         trainer.fit_loop.setup_data()
+        self._image_loader = trainer.train_dataloader
         if math.isinf(trainer.num_training_batches):
             msg = "DHKD passes over all training images, so the train dataloader must have a length; it has none."
             raise ValueError(msg)
@@ -286,6 +298,7 @@ class Dhkd(AnomalibModule):
             trainer.fit_loop.max_epochs = epochs
             trainer.fit_loop.epoch_loop.max_steps = -1
         self._validate_at_end = trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0
+        self._set_up_cache()
         if self._validate_at_end:
             # Validation sets the finished model's threshold; every epoch, it would cost as much as training.
             trainer.check_val_every_n_epoch = epochs + 1
@@ -297,24 +310,69 @@ class Dhkd(AnomalibModule):
             self.total_steps - self.teacher_steps,
         )
 
-    def _training_images(self) -> Iterator[torch.Tensor]:
-        """Yield the training images as the training steps see them, once."""
-        loader: Any = self.trainer.train_dataloader
+    def _set_up_cache(self) -> None:
+        """Train on kept features instead of images, unless the images may differ from epoch to epoch."""
+        loader: Any = self._image_loader
+        dataset = getattr(loader, "dataset", None)
+        # anomalib puts the pre-processor's resizing among the augmentations.
+        unchanging = isinstance(dataset, AnomalibDataset) and isinstance(dataset.augmentations, Resize | None)
+        if self.cache_limit is None or not unchanging:
+            reason = "cache_limit is None" if self.cache_limit is None else "the training images may be augmented"
+            logger.info("Features are extracted at every step, because %s.", reason)
+            return
+        self._cache = FeatureCache(len(loader.dataset), self.cache_limit)
+        cached = DataLoader(self._cache, batch_sampler=loader.batch_sampler, collate_fn=lambda batch: batch)
+        # Lightning has no public way to exchange the data loader of a fit that has begun.
+        fit_loop: Any = self.trainer.fit_loop
+        fit_loop._combined_loader.flattened = [cached]  # noqa: SLF001
+        iter(fit_loop._data_fetcher)  # noqa: SLF001
+
+    def _extract(self, loader: Any) -> Iterator[list[torch.Tensor]]:
+        """Yield the features of the images of a data loader as the training steps see them."""
         transform: Any = getattr(self.pre_processor, "transform", None)
         for batch in loader:
             images = batch.image.to(self.device)
-            yield transform(images) if transform else images
+            with torch.no_grad():
+                yield self.model.features.extract(transform(images) if transform else images)
+
+    def _training_features(self) -> Iterator[list[torch.Tensor]]:
+        """Yield the features of all training images once, not standardised."""
+        if self._cache is None:
+            yield from self._extract(self.trainer.train_dataloader)
+        else:
+            for features in self._cache.batches(self._image_loader.batch_size):
+                yield [feature.to(self.device) for feature in features]
 
     def on_train_start(self) -> None:
-        """Estimate the channel statistics of the features, unless the run was resumed and has them already."""
+        """Fill the cache and estimate the channel statistics, unless the run was resumed and has them already."""
+        if self._cache is not None:
+            loader = self._image_loader
+            logger.info("Extracting the features of %d training images.", len(loader.dataset))
+            ordered = DataLoader(
+                loader.dataset,
+                batch_size=loader.batch_size,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+            )
+            for features in self._extract(ordered):
+                self._cache.append(features)
         if self.trainer.global_step == 0:
-            self.model.features.fit(self._training_images())
+            self.model.features.fit(self._training_features())
 
-    def training_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+    def teardown(self, stage: str) -> None:
+        """Let go of the cache.
+
+        Args:
+            stage (str): Lightning's stage.
+        """
+        del stage  # Unused argument.
+        self._cache = None
+
+    def training_step(self, batch: Batch | FeatureBatch, *args, **kwargs) -> STEP_OUTPUT:
         """Train the network of the current phase.
 
         Args:
-            batch (Batch): Input batch.
+            batch (Batch | FeatureBatch): Images, or their features from the cache.
             *args: Additional arguments (unused).
             **kwargs: Additional keyword arguments (unused).
 
@@ -323,16 +381,15 @@ class Dhkd(AnomalibModule):
         """
         del args, kwargs  # These variables are not used.
 
-        with torch.no_grad():
-            features = self.model.features(batch.image)
+        image: Any = batch.image
+        features = batch.features if isinstance(batch, FeatureBatch) else self.model.features.extract(image)
+        features = self.model.features.standardise(features)
         phase = self.phase
         if phase == "teacher":
             loss = self.flow_loss(*self.model.teach(features))
             losses = {"teacher_loss": loss}
         else:
-            with torch.no_grad():
-                latents, _ = self.model.teach(features)
-            predictions = self.model.study(features)
+            latents, predictions = self.model.respond(features)
             loss = self.distillation_loss(latents, predictions)
             losses = {"student_loss": loss}
             if self.affinity_loss:
@@ -348,7 +405,7 @@ class Dhkd(AnomalibModule):
         """After the last step, calibrate the scales, so that validation and the checkpoint have them."""
         del args, kwargs  # These variables are not used.
         if self.trainer.global_step >= self.total_steps:
-            self.model.calibrate(self._training_images())
+            self.model.calibrate(map(self.model.features.standardise, self._training_features()))
             if self._validate_at_end:
                 self.trainer.check_val_every_n_epoch = 1
             # A run that ends within an epoch would else end without validation.
@@ -383,7 +440,7 @@ class Dhkd(AnomalibModule):
         del args, kwargs, batch_idx  # These variables are not used.
         image: Any = batch.image
         labels: Any = batch.gt_label
-        latents, predictions = self.model.respond(image)
+        latents, predictions = self.model.respond(self.model.features(image))
         for shift, responses in ((self.teacher_shift, latents), (self.student_shift, predictions)):
             if shift is not None:
                 shift.update(responses, labels, batch.gt_mask)

@@ -53,10 +53,10 @@ class AffinityLoss(nn.Module):
 
     Args:
         max_grid (int): Larger maps are average-pooled to this many rows and columns at most, as the matrix grows
-            with the fourth power of them. Defaults to ``16``.
+            with the fourth power of them. Defaults to ``8``.
     """
 
-    def __init__(self, max_grid: int = 16) -> None:
+    def __init__(self, max_grid: int = 8) -> None:
         super().__init__()
         self.max_grid = max_grid
 

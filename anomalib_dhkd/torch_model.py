@@ -7,6 +7,7 @@ via Knowledge Distillation". An invertible flow (the teacher) and a denoising fe
 at the same frozen features; where they disagree, the image is anomalous.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,11 +31,12 @@ class DhkdModel(nn.Module):
         pre_trained (bool): Load ImageNet weights into the backbone.
         weights (str | Path | None): Local file with the backbone's weights.
         positional_channels (int): Channels of the positional encoding that conditions teacher and student, 0 for none.
-        flow_steps (int): Coupling blocks of the teacher; with 0 the standardised features take the teacher's place.
-        flow_channels (int): Width of the teacher's coupling subnets.
+        flow_steps (int): Couplings of the teacher; with 0 the standardised features take the teacher's place.
+        flow_channels (int): Width of the teacher's coupling subnets at the first layer; at the others in proportion to
+            the layers' channels.
         student_blocks (int): Dual-domain blocks of the student; with 0 there is no student, and the anomaly map is
             the teacher's likelihood.
-        student_channels (int): Width of the student.
+        student_channels (int): Width of the student at the first layer; at the others in proportion likewise.
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
         noise_coverage (float): Expected share of positions with noise.
@@ -66,14 +68,23 @@ class DhkdModel(nn.Module):
         self.noise_coverage = noise_coverage
         channels = self.features.channels
         self.teachers = (
-            nn.ModuleList(FlowTeacher(width, positional_channels, flow_steps, flow_channels) for width in channels)
+            nn.ModuleList(
+                FlowTeacher(count, positional_channels, flow_steps, math.ceil(flow_channels * count / channels[0]))
+                for count in channels
+            )
             if flow_steps
             else None
         )
         self.students = (
             nn.ModuleList(
-                DenoisingStudent(width + positional_channels, width, student_channels, student_blocks, frequency_branch)
-                for width in channels
+                DenoisingStudent(
+                    count,
+                    positional_channels,
+                    math.ceil(student_channels * count / channels[0]),
+                    student_blocks,
+                    frequency_branch,
+                )
+                for count in channels
             )
             if student_blocks
             else None
@@ -81,67 +92,57 @@ class DhkdModel(nn.Module):
         self.anomaly_map_generator = AnomalyMapGenerator(len(channels), calibration, image_score)
         self.to(memory_format=torch.channels_last)
 
-    def _condition(self, features: torch.Tensor) -> torch.Tensor | None:
+    def _conditions(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:
         if not self.positional_channels:
-            return None
-        height, width = features.shape[-2:]
-        encoding = sinusoidal_encoding(self.positional_channels, height, width, features.device)
-        return encoding.expand(features.shape[0], -1, -1, -1)
+            return [None] * len(features)
+        return [
+            sinusoidal_encoding(self.positional_channels, feature.shape[-2], feature.shape[-1], feature.device)
+            for feature in features
+        ]
 
     def teach(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Run the teacher.
+        """Run the teacher for its own training.
 
         Args:
             features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a scale.
 
         Returns:
             tuple[list[torch.Tensor], list[torch.Tensor]]: Latent maps of the features' shapes, and log-determinants
-                of shape ``(B,)``. Without a flow: the features themselves and zeros.
+                of shape ``(B,)``.
+
+        Raises:
+            RuntimeError: If the model has no teacher.
         """
         if self.teachers is None:
-            return features, [feature.new_zeros(len(feature)) for feature in features]
-        outputs = [
-            teacher(feature, self._condition(feature)) for teacher, feature in zip(self.teachers, features, strict=True)
-        ]
+            msg = "The model has no teacher (flow_steps is 0)."
+            raise RuntimeError(msg)
+        conditions = self._conditions(features)
+        outputs = [teacher(*inputs) for teacher, *inputs in zip(self.teachers, features, conditions, strict=True)]
         return [latent for latent, _ in outputs], [log_det for _, log_det in outputs]
 
-    def study(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Run the student, on noisy features in training and on clean ones in evaluation.
+    def respond(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run the frozen teacher, and the student: on noisy features in training, on clean ones in evaluation.
 
         Args:
             features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a scale.
 
         Returns:
-            list[torch.Tensor]: Predictions of the teacher's latent maps, of the same shapes.
-
-        Raises:
-            RuntimeError: If the model has no student.
+            tuple[list[torch.Tensor], list[torch.Tensor]]: Responses of the teacher and of the student, of the features'
+                shapes. Without a flow the features take the teacher's place; without a student its responses are zeros.
         """
+        conditions = self._conditions(features)
+        latents = features
+        if self.teachers is not None:
+            with torch.no_grad():
+                latents = [
+                    teacher(*inputs, log_det=False)[0]
+                    for teacher, *inputs in zip(self.teachers, features, conditions, strict=True)
+                ]
         if self.students is None:
-            msg = "The model has no student (student_blocks is 0)."
-            raise RuntimeError(msg)
-        predictions = []
-        for student, feature in zip(self.students, features, strict=True):
-            noisy = self.training and self.noise_std > 0
-            inputs = add_region_noise(feature, self.noise_std, self.noise_coverage) if noisy else feature
-            condition = self._condition(feature)
-            predictions.append(student(inputs if condition is None else torch.cat([inputs, condition], dim=1)))
-        return predictions
-
-    def respond(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Run teacher and student on the features of images.
-
-        Args:
-            images (torch.Tensor): Images of shape ``(B, 3, H, W)`` with values in ``[0, 1]``.
-
-        Returns:
-            tuple[list[torch.Tensor], list[torch.Tensor]]: Responses of the teacher and of the student, of shape
-                ``(B, C, h, w)`` a scale. Without a student its responses are zeros.
-        """
-        features = self.features(images)
-        latents, _ = self.teach(features)
-        predictions = [torch.zeros_like(z) for z in latents] if self.students is None else self.study(features)
-        return latents, predictions
+            return latents, [torch.zeros_like(latent) for latent in latents]
+        if self.training and self.noise_std:
+            features = [add_region_noise(feature, self.noise_std, self.noise_coverage) for feature in features]
+        return latents, [student(*inputs) for student, *inputs in zip(self.students, features, conditions, strict=True)]
 
     @staticmethod
     def distances(latents: list[torch.Tensor], predictions: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -186,16 +187,16 @@ class DhkdModel(nn.Module):
             InferenceBatch: See :meth:`score`.
         """
         height, width = images.shape[-2:]
-        return self.score(*self.respond(images), (height, width))
+        return self.score(*self.respond(self.features(images)), (height, width))
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
+    def calibrate(self, batches: Iterable[list[torch.Tensor]]) -> None:
         """Take the statistics for calibrating the scales from training images.
 
         Args:
-            batches (Iterable[torch.Tensor]): Batches of training images, as ``forward`` takes them.
+            batches (Iterable[list[torch.Tensor]]): Standardised features of the training images.
         """
         training = self.training
         self.eval()
-        self.anomaly_map_generator.fit([self.distances(*self.respond(images)) for images in batches])
+        self.anomaly_map_generator.fit([self.distances(*self.respond(features)) for features in batches])
         self.train(training)

@@ -21,11 +21,12 @@ SMALL = {"flow_steps": 2, "flow_channels": 8, "student_blocks": 1, "student_chan
 """Arguments of a network that trains in a moment; everything is switched on."""
 
 
-def anomalib(folder: Path, *arguments: str) -> None:
-    """Run anomalib's command line in a folder, as a user would."""
+def anomalib(folder: Path, *arguments: str) -> str:
+    """Run anomalib's command line in a folder, as a user would, and return what it prints."""
     command = [str(Path(sys.executable).with_name("anomalib")), *arguments]
     completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
+    return completed.stdout + completed.stderr
 
 
 def openvino_difference(path: Path, model: Dhkd, images: Iterable[torch.Tensor]) -> float:

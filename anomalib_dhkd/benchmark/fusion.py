@@ -54,7 +54,7 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
     @torch.no_grad()
     def measure(images: Any) -> list[torch.Tensor]:
         batches = [
-            model.model.distances(*model.model.respond(transform(batch.image)))
+            model.model.distances(*model.model.respond(model.model.features(transform(batch.image))))
             for batch in DataLoader(images, batch_size=16, collate_fn=test_data.collate_fn)
         ]
         return [torch.cat(maps) for maps in zip(*batches, strict=True)]

@@ -9,7 +9,7 @@ scores matters here and not their quality.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,16 @@ from anomalib.data import AnomalibDataModule
 from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from anomalib.metrics import AUROC
-from anomalib.models import Cflow, Padim, Stfpm
-from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from jsonargparse import auto_cli
 from lightning.pytorch import seed_everything
 from sklearn.metrics import roc_auc_score
 
-from anomalib_dhkd import Dhkd, MVTec, RankPreservingPostProcessor
+from anomalib_dhkd import MVTec, RankPreservingPostProcessor
 
-FEATURES = {"backbone": "efficientnet_lite0_bundled", "layers": ("blocks.2", "blocks.4")}
-MODELS: dict[str, tuple[Callable[..., AnomalibModule], int]] = {
-    "Dhkd": (Dhkd, 6),
-    "Padim": (lambda **features: Padim(**features, n_features=100), 1),
-    "Cflow": (Cflow, 1),
-    "Stfpm": (Stfpm, 2),
-}
-"""Constructors and epochs."""
+from .models import create, make_exportable
+
+EPOCHS = {"Dhkd": 6, "Padim": 1, "Cflow": 1, "Stfpm": 2}
 LEVELS = {"image": ("pred_score", "gt_label"), "pixel": ("anomaly_map", "gt_mask")}
 
 
@@ -44,7 +37,7 @@ def compare(name: str, datamodule: AnomalibDataModule, results_dir: Path) -> pd.
     """Train a model and compute its AUROC in every way.
 
     Args:
-        name (str): A key of ``MODELS``.
+        name (str): A key of ``EPOCHS``.
         datamodule (AnomalibDataModule): Images.
         results_dir (Path): Folder for the checkpoint and the exported model.
 
@@ -52,8 +45,8 @@ def compare(name: str, datamodule: AnomalibDataModule, results_dir: Path) -> pd.
         pd.DataFrame: One row for the image and one for the pixel level.
     """
     seed_everything(0, workers=True)
-    construct, epochs = MODELS[name]
-    model: Any = construct(**FEATURES)
+    model: Any = create(name)
+    epochs = EPOCHS[name]
     engine = Engine(
         default_root_dir=results_dir,
         max_epochs=epochs,
@@ -91,10 +84,7 @@ def compare(name: str, datamodule: AnomalibDataModule, results_dir: Path) -> pd.
             table.loc[level, column] = metric.compute().item()
 
     model.post_processor = post_processor  # the last one
-    if name == "Cflow":
-        # Its forward moves the decoders to the images' device, which torch.export of PyTorch 2.15 refuses.
-        for decoder in model.model.decoders:
-            decoder.to = lambda _device, decoder=decoder: decoder
+    make_exportable(model)
     path = engine.export(model, ExportType.OPENVINO, export_root=results_dir / name / datamodule.category)
     compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     # The same batches: CFlow's scores depend on the other images of a batch.
@@ -118,7 +108,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def main(
     root: Path,
-    models: Sequence[str] = tuple(MODELS),
+    models: Sequence[str] = tuple(EPOCHS),
     categories: Sequence[str] = ("bottle", "grid", "screw"),
     results_dir: Path = Path("results/scores"),
 ) -> None:

@@ -10,6 +10,7 @@ import timm
 import torch
 from anomalib.models.components.feature_extractors import TimmFeatureExtractor
 from timm.models import get_arch_name
+from timm.models.efficientnet import EfficientNetFeatures
 from torch import nn
 
 from . import bundled_backbones  # noqa: F401  # registers the bundled backbones with timm
@@ -49,6 +50,10 @@ class FeaturePyramid(nn.Module):
             msg = f"weights is {weights}, but pre_trained is False: set pre_trained to True, or weights to null."
             raise ValueError(msg)
         self.extractor = _create_extractor(backbone, layers, pre_trained, weights)
+        network = self.extractor.feature_extractor
+        if isinstance(network, EfficientNetFeatures):
+            # Of timm's feature networks, this one alone would compute the blocks behind the last layer, too.
+            network.blocks = network.blocks[: network.feature_info.get_dicts()[-1]["stage"]]
         self.extractor.requires_grad_(requires_grad=False)
         self.channels: list[int] = list(self.extractor.out_dims)
         source = timm.data.resolve_model_data_config(self.extractor.feature_extractor)
@@ -57,7 +62,7 @@ class FeaturePyramid(nn.Module):
         self.image_mean: torch.Tensor
         self.image_std: torch.Tensor
         # Cumulative statistics (momentum=None), no affine part: exactly "standardise by training statistics".
-        self.standardise = nn.ModuleList(
+        self.statistics = nn.ModuleList(
             nn.BatchNorm2d(channels, affine=False, momentum=None) for channels in self.channels
         )
         self.eval()
@@ -66,6 +71,30 @@ class FeaturePyramid(nn.Module):
         """Stay in evaluation mode: neither the backbone nor the statistics learn from the training steps."""
         del mode
         return super().train(mode=False)
+
+    def extract(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Run the frozen backbone.
+
+        Args:
+            images (torch.Tensor): Images of shape ``(B, 3, H, W)`` with values in ``[0, 1]``.
+
+        Returns:
+            list[torch.Tensor]: One map of shape ``(B, C, h, w)`` a layer, as the backbone gives it.
+        """
+        # On a CPU, convolutions are several times faster in this memory format; it stays with the maps.
+        images = ((images - self.image_mean) / self.image_std).contiguous(memory_format=torch.channels_last)
+        return list(self.extractor(images).values())
+
+    def standardise(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Give each channel mean 0 and variance 1 over the training images.
+
+        Args:
+            features (list[torch.Tensor]): What :meth:`extract` returns.
+
+        Returns:
+            list[torch.Tensor]: Maps of the same shapes.
+        """
+        return [statistics(feature) for statistics, feature in zip(self.statistics, features, strict=True)]
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract standardised features.
@@ -76,25 +105,22 @@ class FeaturePyramid(nn.Module):
         Returns:
             list[torch.Tensor]: One map of shape ``(B, C, h, w)`` a layer.
         """
-        # On a CPU, convolutions are several times faster in this memory format; it stays with the maps.
-        images = ((images - self.image_mean) / self.image_std).contiguous(memory_format=torch.channels_last)
-        features = self.extractor(images)
-        return [standardise(feature) for standardise, feature in zip(self.standardise, features.values(), strict=True)]
+        return self.standardise(self.extract(images))
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[torch.Tensor]) -> None:
+    def fit(self, batches: Iterable[list[torch.Tensor]]) -> None:
         """Estimate the channel statistics anew.
 
         Args:
-            batches (Iterable[torch.Tensor]): Batches of training images, as ``forward`` takes them.
+            batches (Iterable[list[torch.Tensor]]): Features of the training images, as :meth:`extract` returns them.
         """
-        for module in self.standardise:
+        for module in self.statistics:
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()
-        self.standardise.train()
-        for images in batches:
-            self(images)
-        self.standardise.eval()
+        self.statistics.train()
+        for features in batches:
+            self.standardise(features)
+        self.statistics.eval()
 
 
 def _is_vit(backbone: str) -> bool:

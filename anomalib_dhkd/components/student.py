@@ -9,27 +9,51 @@ from torch.nn import functional as F  # noqa: N812
 from .dual_domain import DualDomainBlock
 
 
-class DenoisingStudent(nn.Sequential):
-    """Convolution in, dual-domain blocks, convolution out, for the feature maps of one scale.
-
-    Maps ``(B, in_channels, H, W)`` to ``(B, out_channels, H, W)``.
+class DenoisingStudent(nn.Module):
+    """1x1 convolution in, dual-domain blocks, 1x1 convolution out, for the feature maps of one scale.
 
     Args:
-        in_channels (int): Channels of the features and their condition.
-        out_channels (int): Channels of the teacher's output.
+        channels (int): Channels of the features and of the teacher's output.
+        condition_channels (int): Channels of the condition, 0 for none.
         width (int): Channels between the two outer convolutions.
         blocks (int): Number of dual-domain blocks.
         frequency_branch (bool): Whether the blocks have their frequency branch.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, frequency_branch: bool) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False),
+    def __init__(
+        self,
+        channels: int,
+        condition_channels: int,
+        width: int,
+        blocks: int,
+        frequency_branch: bool,
+    ) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(channels, width, kernel_size=1, bias=False)
+        self.enter_condition = (
+            nn.Conv2d(condition_channels, width, kernel_size=1, bias=False) if condition_channels else None
+        )
+        self.layers = nn.Sequential(
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             *(DualDomainBlock(width, frequency_branch) for _ in range(blocks)),
-            nn.Conv2d(width, out_channels, kernel_size=3, padding=1),
+            nn.Conv2d(width, channels, kernel_size=1),
         )
+
+    def forward(self, features: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Predict the teacher's output.
+
+        Args:
+            features (torch.Tensor): Standardised features of shape ``(B, C, H, W)``.
+            condition (torch.Tensor | None): Condition of shape ``(1 or B, condition_channels, H, W)``.
+
+        Returns:
+            torch.Tensor: Prediction of shape ``(B, C, H, W)``.
+        """
+        hidden = self.enter(features)
+        if self.enter_condition is not None and condition is not None:
+            hidden = hidden + self.enter_condition(condition)
+        return self.layers(hidden)
 
 
 def add_region_noise(features: torch.Tensor, std: float, coverage: float, cells: int = 4) -> torch.Tensor:
@@ -48,7 +72,7 @@ def add_region_noise(features: torch.Tensor, std: float, coverage: float, cells:
     Returns:
         torch.Tensor: Features of the same shape.
     """
-    batch, _, height, width = features.shape
+    batch, channels, height, width = features.shape
     field = F.interpolate(
         torch.randn(batch, 1, cells, cells, device=features.device),
         size=(height, width),
@@ -56,4 +80,6 @@ def add_region_noise(features: torch.Tensor, std: float, coverage: float, cells:
         align_corners=True,
     )
     mask = field >= torch.quantile(field.flatten(1), 1 - coverage, dim=1)[:, None, None, None]
-    return features + std * mask * torch.randn_like(features)
+    # Drawn in channels-last order, like the features: on a CPU, PyTorch draws many times slower across strides.
+    noise = torch.randn(batch, height, width, channels, device=features.device).movedim(-1, 1)
+    return features + std * mask * noise

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anomalib_dhkd import Quickstart
-from anomalib_dhkd.benchmark import fusion, scores
+from anomalib_dhkd.benchmark import fusion, scores, speed
 from tests.conftest import SMALL
 
 
@@ -43,3 +43,31 @@ def test_expected_alarms() -> None:
         totals += (torch.rand(20_000, row.good) > thresholds[:, None]).sum(dim=1)
     lowest, highest = map(int, fusion.expected_alarms(counts).split(" to "))
     assert 0.95 <= ((totals >= lowest) & (totals <= highest)).float().mean() < 0.99
+
+
+def test_speed(quickstart: Quickstart, tmp_path: Path) -> None:
+    speed.main(
+        data=quickstart, models=["Dhkd", "Padim"], image_size=64, rounds=2, images=[8, 20], image_sizes=[64, 96],
+        results_dir=tmp_path, dhkd=SMALL | {"train_steps": 4},
+    )  # fmt: skip
+    training, inference, growth = (
+        pd.read_csv(tmp_path / f"{name}.csv") for name in ("training", "inference", "growth")
+    )
+    assert list(training["model"]) == ["Dhkd", "Padim"]
+    assert (training["peak memory [GiB]"] > 0.1).all()
+    assert training["finished"].all()
+    ways = {"torch CPU", *speed.PRECISIONS}
+    assert set(zip(inference["model"], inference["runs in"], strict=True)) >= {
+        (name, way) for name in ("Backbone", "Dhkd", "Padim") for way in ways
+    }
+    assert (inference[["latency [ms]", "images/s", "size [MB]"]] > 0).all(axis=None)
+    assert (inference.loc[inference["model"] == "Backbone", "times backbone"] == 1).all()
+    assert list(growth["images"]) == [8, 20, 8, 8]
+    assert list(growth["image size"]) == [64, 64, 64, 96]
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_a_training_that_takes_too_long_is_said_to_be_unfinished(quickstart: Quickstart, tmp_path: Path) -> None:
+    row = speed.train("Stfpm", quickstart, tmp_path, image_size=64, max_minutes=0.02, export=False)
+    assert not row["finished"]
+    assert row["epochs"] < 100

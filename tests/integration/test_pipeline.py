@@ -130,6 +130,26 @@ def test_command_line(quickstart_root: Path, tmp_path: Path) -> None:
         assert all(np.asarray(Image.open(file)).std() > 1 for file in written)
 
 
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        ["--trainer.precision=bf16-mixed"],
+        ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"],
+    ],
+    ids=["bf16", "two devices"],
+)
+def test_mixed_precision_and_several_devices(trainer: list[str], quickstart_root: Path, tmp_path: Path) -> None:
+    model = ["--model", "anomalib_dhkd.Dhkd", *(f"--model.{key}={value}" for key, value in SMALL.items())]
+    data = ["--data", "Quickstart", "--data.root", str(quickstart_root), "--data.num_train=8", "--data.num_test=2"]
+    batches = ["--data.train_batch_size=2", "--data.num_workers=0", "--model.train_steps=8"]
+    output = anomalib(tmp_path, "train", *model, *data, *batches, "--trainer.accelerator=cpu", *trainer)
+    # Two devices halve the steps of an epoch and double the epochs.
+    assert f"DHKD trains for 8 steps ({4 if 'devices' in trainer[0] else 2} epochs)" in output
+    checkpoint = torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=False)
+    assert checkpoint["global_step"] == 8
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
 def test_help_is_readable(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "anomalib_dhkd", "train", "--model", "Dhkd"]
     config = subprocess.run(
@@ -145,7 +165,7 @@ def test_help_is_readable(tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    for words in ("--model.flow_steps", "Coupling blocks of the normalising-flow teacher", "{mean,max,topk}"):
+    for words in ("--model.flow_steps", "Couplings of the normalising-flow teacher", "{mean,max,topk}"):
         assert words in help_text
 
 

@@ -4,8 +4,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812
 
-from anomalib_dhkd.anomaly_map import AnomalyMapGenerator
+from anomalib_dhkd.anomaly_map import AnomalyMapGenerator, resize
 
 
 def _distances(batch: int, scale: tuple[float, float] = (1.0, 1.0)) -> list[torch.Tensor]:
@@ -66,3 +67,9 @@ def test_zero_distance_stays_finite() -> None:
     generator = AnomalyMapGenerator(1, calibration=True, image_score="topk")
     generator.fit([[torch.zeros(2, 1, 4, 4)]])
     assert generator([torch.zeros(2, 1, 4, 4)], (8, 8)).anomaly_map.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(64, 48), (9, 5), (3, 4)])
+def test_resize_is_bilinear_interpolation(size: tuple[int, int]) -> None:
+    maps = torch.randn(2, 1, 8, 6)
+    torch.testing.assert_close(resize(maps, *size), F.interpolate(maps, size=size, mode="bilinear"))

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import AnomalibDataset
 from anomalib.engine import Engine
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_dhkd import Dhkd, Quickstart
+from anomalib_dhkd.components.features import FeaturePyramid
 from tests.conftest import SMALL
 
 
@@ -34,6 +37,7 @@ from tests.conftest import SMALL
         ("teacher_share", 1.0),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
+        ("cache_limit", -1.0),
     ],
 )
 def test_bad_arguments_are_named(argument: str, value: Any) -> None:
@@ -173,7 +177,8 @@ def test_resumed_run_lands_in_the_right_phase(quickstart: Quickstart, tmp_path: 
     )
     engine.fit(model=model, datamodule=quickstart)
     steps = engine.trainer.global_step
-    statistics = {key: value for key, value in model.state_dict().items() if "standardise" in key}
+    statistics = {key: value for key, value in model.state_dict().items() if "features.statistics" in key}
+    assert statistics
     saved = sorted((tmp_path / "saved").glob("*.ckpt"))
     assert len(saved) > steps
 
@@ -208,8 +213,59 @@ def test_statistics_come_from_training_images_alone(
 
         def counted(self: Any, batches: Any, name: str = name) -> None:
             del self
-            seen.append(f"{name}: {sum(len(batch) for batch in batches)}")
+            seen.append(f"{name}: {sum(len(features[0]) for features in batches)}")
 
         monkeypatch.setattr(f"anomalib_dhkd.{owner}.{name}", counted)
     _fit(quickstart, tmp_path, Dhkd(**SMALL, train_steps=2))
     assert seen == ["fit: 8", "calibrate: 8"]
+
+
+def _losses(quickstart: Quickstart, folder: Path, **arguments: Any) -> list[float]:
+    torch.manual_seed(0)
+    losses: list[float] = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *args: Any) -> None:
+            losses.append(float(outputs["loss"]))
+
+    engine = Engine(default_root_dir=folder, callbacks=[Losses()], enable_progress_bar=False)
+    engine.fit(model=Dhkd(**SMALL, train_steps=8, noise_std=0, **arguments), datamodule=quickstart)
+    return losses
+
+
+@pytest.mark.parametrize("cache_limit", [2.0, 0.0])
+def test_training_on_kept_features_is_training_on_images(
+    quickstart: Quickstart, tmp_path: Path, cache_limit: float
+) -> None:
+    """The same batches in the same order, up to half precision; each image is read and extracted once."""
+    expected = _losses(quickstart, tmp_path / "images", cache_limit=None)
+    assert _losses(quickstart, tmp_path / "kept", cache_limit=cache_limit) == pytest.approx(expected, rel=0.02)
+
+
+def test_images_are_read_and_extracted_once(
+    quickstart: Quickstart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"read": 0, "extracted": 0}
+    read, extract = AnomalibDataset.__getitem__, FeaturePyramid.extract
+
+    def counted_read(self: Any, index: int) -> Any:
+        counts["read"] += self is quickstart.train_data
+        return read(self, index)
+
+    def counted_extract(self: Any, images: torch.Tensor) -> Any:
+        counts["extracted"] += len(images)
+        return extract(self, images)
+
+    monkeypatch.setattr(AnomalibDataset, "__getitem__", counted_read)
+    monkeypatch.setattr(FeaturePyramid, "extract", counted_extract)
+    _fit(quickstart, tmp_path, Dhkd(**SMALL, train_steps=8), limit_val_batches=0)
+    assert counts == {"read": 8, "extracted": 8}
+
+
+def test_augmented_images_are_not_kept(
+    quickstart: Quickstart, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quickstart.train_augmentations = RandomHorizontalFlip()
+    with caplog.at_level("INFO", logger="anomalib_dhkd"):
+        _fit(quickstart, tmp_path, Dhkd(**SMALL, train_steps=2), limit_val_batches=0)
+    assert "Features are extracted at every step, because the training images may be augmented." in caplog.text

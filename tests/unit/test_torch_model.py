@@ -2,6 +2,7 @@
 
 """The whole network: shapes, switches, gradients."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -43,27 +44,29 @@ def test_noise_is_on_in_training_and_off_in_evaluation() -> None:
     model = _model()
     features = model.features(torch.rand(2, 3, 64, 64))
     model.eval()
-    assert all(torch.equal(a, b) for a, b in zip(model.study(features), model.study(features), strict=True))
-    model.train()
-    assert not any(torch.equal(a, b) for a, b in zip(model.study(features), model.study(features), strict=True))
-    silent = _model(noise_std=0.0).train()
-    assert all(torch.equal(a, b) for a, b in zip(silent.study(features), silent.study(features), strict=True))
+
+    def same(model: DhkdModel) -> list[bool]:
+        (_, first), (_, second) = model.respond(features), model.respond(features)
+        return [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
+
+    assert same(model) == [True, True]
+    assert same(model.train()) == [False, False]
+    assert same(_model(noise_std=0.0).train()) == [True, True]
 
 
 def test_the_teacher_sees_clean_features() -> None:
     model = _model().train()
     features = model.features(torch.rand(2, 3, 64, 64))
-    first, second = model.teach(features)[0], model.teach(features)[0]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.testing.assert_close(model.respond(features)[0], model.teach(features)[0], rtol=0, atol=0)
 
 
 def test_without_flow_the_student_learns_the_features() -> None:
     model = _model(flow_steps=0)
     assert not [name for name, _ in model.named_parameters() if "teacher" in name]
     features = model.features(torch.rand(2, 3, 64, 64))
-    latents, log_dets = model.teach(features)
-    assert all(torch.equal(a, b) for a, b in zip(latents, features, strict=True))
-    assert all((log_det == 0).all() for log_det in log_dets)
+    torch.testing.assert_close(model.respond(features)[0], features, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="no teacher"):
+        model.teach(features)
 
 
 def test_without_student_the_map_is_the_teachers() -> None:
@@ -71,13 +74,11 @@ def test_without_student_the_map_is_the_teachers() -> None:
     assert not [name for name, _ in model.named_parameters() if "student" in name]
     images = torch.rand(2, 3, 64, 64)
     latents, _ = model.teach(model.features(images))
-    responses, predictions = model.respond(images)
+    responses, predictions = model.respond(model.features(images))
     assert all((prediction == 0).all() for prediction in predictions)
     torch.testing.assert_close(responses, latents)
     maps = [latent.square().mean(dim=1, keepdim=True) for latent in latents]
     torch.testing.assert_close(model(images).anomaly_map, model.anomaly_map_generator(maps, (64, 64)).anomaly_map)
-    with pytest.raises(RuntimeError, match="no student"):
-        model.study(model.features(images))
 
 
 def test_without_frequency_branch_no_transform_is_left() -> None:
@@ -88,22 +89,31 @@ def test_without_frequency_branch_no_transform_is_left() -> None:
 def test_without_positional_encoding_the_place_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def counted(*args: Any) -> torch.Tensor:
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(args)
-        return sinusoidal_encoding(*args)
+        return sinusoidal_encoding(*args, **kwargs)
 
     monkeypatch.setattr("anomalib_dhkd.torch_model.sinusoidal_encoding", counted)
     _model(positional_channels=0).eval()(torch.rand(1, 3, 64, 64))
     assert not calls
     _model().eval()(torch.rand(1, 3, 64, 64))
-    assert calls
+    assert len(calls) == 2  # once a scale, for teacher and student together
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_torch_compile_gives_the_same() -> None:
+    model = _model().eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, actual = model(images), torch.compile(model, fullgraph=True)(images)
+    torch.testing.assert_close(actual.anomaly_map, expected.anomaly_map, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual.pred_score, expected.pred_score, atol=1e-4, rtol=1e-4)
 
 
 def test_map_is_low_where_the_student_is_right() -> None:
     model = _model().eval()
     images = torch.rand(2, 3, 64, 64)
-    model.study = lambda features: model.teach(features)[0]
-    perfect = model(images).anomaly_map
+    latents, predictions = model.respond(model.features(images))
+    perfect = model.score(latents, latents, (64, 64)).anomaly_map
     assert perfect.isfinite().all()
-    del model.study
-    assert (perfect < model(images).anomaly_map).all()
+    assert (perfect < model.score(latents, predictions, (64, 64)).anomaly_map).all()

@@ -56,7 +56,7 @@ def test_fit_standardises_each_channel_and_train_does_not_change_it() -> None:
     pyramid = FeaturePyramid("efficientnet_lite0_bundled", ["blocks.2", "blocks.4"])
     assert pyramid.channels == [40, 112]
     batches = [torch.rand(4, 3, 64, 96) ** (1 + index) for index in range(3)]
-    pyramid.fit(batches)
+    pyramid.fit(pyramid.extract(batch) for batch in batches)
     pyramid.train()
     before = {key: value.clone() for key, value in pyramid.state_dict().items()}
     features = [torch.cat(maps) for maps in zip(*(pyramid(batch) for batch in batches), strict=True)]

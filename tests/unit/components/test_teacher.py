@@ -40,10 +40,29 @@ def test_log_determinant_equals_autograd() -> None:
     torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, log_det[0])
 
 
-def test_starts_as_a_permutation() -> None:
+def test_starts_as_the_identity() -> None:
     x = torch.randn(2, 6, 4, 4)
     z, log_det = FlowTeacher(6, 0, steps=4, hidden_channels=8)(x)
-    torch.testing.assert_close(z.sort(dim=1).values, x.sort(dim=1).values)
+    torch.testing.assert_close(z, x)
+    assert (log_det == 0).all()
+
+
+def test_a_step_changes_half_of_the_channels_given_the_other_half() -> None:
+    teacher, x = _teacher(6, 0), torch.randn(1, 6, 4, 4)
+    changed = []
+    for coupling in teacher.flow.module_list:
+        (z,), _ = coupling([x])
+        changed.append((z != x).any(dim=(0, 2, 3)))
+        assert changed[-1].sum() == 3
+        (again,), _ = coupling([torch.where(changed[-1][:, None, None], x + 1, x)])
+        torch.testing.assert_close((again / z - 1)[:, ~changed[-1]], torch.zeros(1, 3, 4, 4))
+    assert all((first ^ second).all() for first, second in zip(changed[::2], changed[1::2], strict=True))
+
+
+def test_without_log_determinant_the_output_is_the_same() -> None:
+    teacher, x = _teacher(4, 0), torch.randn(2, 4, 5, 5)
+    z, log_det = teacher(x, log_det=False)
+    torch.testing.assert_close(z, teacher(x)[0])
     assert (log_det == 0).all()
 
 

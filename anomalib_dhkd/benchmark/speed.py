@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Compare training time, latency, throughput, memory and model size, and show how they grow.
+
+``python -m anomalib_dhkd.benchmark.speed --config configs/benchmark/speed.yaml --data.init_args.root path/to/mvtec_ad``
+
+Each training has a process of its own, which makes its peak memory its own; inference alternates between the models
+in one process, so that what else runs on the machine hits all of them alike.
+"""
+
+import copy
+import resource
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import nncf
+import numpy as np
+import openvino as ov
+import pandas as pd
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy import CompressionType, ExportType
+from anomalib.engine import Engine
+from jsonargparse import auto_cli
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from torch import nn
+
+from anomalib_dhkd.components.features import FeaturePyramid
+
+from .models import EPOCHS, FEATURES, MODELS, create, make_exportable
+
+PRECISIONS = {"OpenVINO f32": ("f32", "f32"), "OpenVINO bf16": ("f32", "bf16"), "OpenVINO INT8": ("int8", "f32")}
+"""Exported file and inference precision of each way of running a model in OpenVINO."""
+
+
+def train(
+    name: str,
+    datamodule: AnomalibDataModule,
+    results_dir: Path,
+    *,
+    image_size: int = 256,
+    images: int | None = None,
+    max_minutes: float | None = None,
+    export: bool = True,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Train a model and export it.
+
+    Args:
+        name (str): Name of a model.
+        datamodule (AnomalibDataModule): Data.
+        results_dir (Path): Folder for checkpoints and exported models.
+        image_size (int): Height and width of the images. Defaults to ``256``.
+        images (int | None): Number of training images, repeated where there are fewer. Defaults to all.
+        max_minutes (float | None): Time after which training stops unfinished. Defaults to ``None``.
+        export (bool): Whether to export to OpenVINO, in f32 and in INT8. Defaults to ``True``.
+        **arguments: Further arguments of the model.
+
+    Returns:
+        dict[str, Any]: Seconds of ``fit``, epochs, whether it ended by itself, and the process' peak memory in GiB.
+    """
+    seed_everything(0, workers=True)
+    model = create(name, image_size, **arguments)
+    if images is not None:
+        datamodule.setup()
+        data: Any = datamodule.train_data
+        data.samples = data.samples.iloc[np.arange(images) % len(data)].reset_index(drop=True)
+    callbacks: list[Callback] = []
+    if name in {"Cflow", "Stfpm"}:
+        # As in anomalib's example configurations, which makes their training shorter.
+        callbacks.append(EarlyStopping(monitor="pixel_AUROC", patience={"Cflow": 2, "Stfpm": 5}[name], mode="max"))
+    engine = Engine(
+        default_root_dir=results_dir,
+        max_epochs=EPOCHS[name],
+        max_time=None if max_minutes is None else {"minutes": max_minutes},
+        callbacks=callbacks,
+        enable_progress_bar=False,
+    )
+    start = time.perf_counter()
+    engine.fit(model, datamodule)
+    seconds = time.perf_counter() - start
+    row = {
+        "model": name,
+        "image size": image_size,
+        "images": len(datamodule.train_data),
+        "epochs": engine.trainer.current_epoch,
+        "finished": max_minutes is None or seconds < 60 * max_minutes,
+        "training [s]": seconds,
+        "peak memory [GiB]": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2,
+        "checkpoint": engine.best_model_path,
+    }
+    if export:
+        make_exportable(model)
+        for file, compression in (("f32", None), ("int8", CompressionType.INT8_PTQ)):
+            engine.export(
+                model,
+                ExportType.OPENVINO,
+                export_root=results_dir / name,
+                model_file_name=file,
+                input_size=(image_size, image_size),
+                compression_type=compression,
+                datamodule=datamodule,
+            )
+    return row
+
+
+def in_new_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a function in a process of its own and return its result."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+class Backbone(nn.Module):
+    """The bare backbone up to the last layer that the models use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = FeaturePyramid(**FEATURES)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Return the features of images."""
+        return self.features.extract(images)
+
+
+def export_backbone(images: list[np.ndarray], folder: Path) -> None:
+    """Export the bare backbone as anomalib exports models.
+
+    Args:
+        images (list[np.ndarray]): Images of shape ``(1, 3, H, W)`` to quantise with.
+        folder (Path): Folder for the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = Backbone().eval()
+    program: Any = torch.onnx.export(model, (torch.from_numpy(images[0]),), dynamo=True, verbose=False)
+    program.save(folder / "model.onnx")
+    exported = ov.convert_model(folder / "model.onnx")
+    ov.save_model(exported, folder / "f32.xml", compress_to_fp16=False)
+    ov.save_model(nncf.quantize(exported, nncf.Dataset(images)), folder / "int8.xml", compress_to_fp16=False)
+
+
+def median_latencies(ways: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
+    """Time functions in turn, after one call of each to warm up.
+
+    Args:
+        ways (dict[Any, Callable[[], Any]]): Functions by name.
+        rounds (int): Number of timed calls of each.
+
+    Returns:
+        dict[Any, float]: Median time of a call in milliseconds.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def compare_inference(
+    networks: dict[str, nn.Module],
+    results_dir: Path,
+    image_size: int,
+    rounds: int,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """Measure latency and throughput of networks in PyTorch and OpenVINO.
+
+    Args:
+        networks (dict[str, nn.Module]): Networks by name; a folder of that name holds the exported files.
+        results_dir (Path): Folder of the folders.
+        image_size (int): Height and width of the images.
+        rounds (int): Number of timed calls of each.
+        batch_size (int): Images in a batch, or at once in OpenVINO's queue, for the throughput. Defaults to ``16``.
+
+    Returns:
+        pd.DataFrame: One row for each network and way of running it.
+    """
+    core = ov.Core()
+    image = torch.rand(1, 3, image_size, image_size)
+    latency: dict[Any, Callable[[], Any]] = {}
+    throughput: dict[Any, Callable[[], Any]] = {}
+    sizes: dict[Any, float] = {}
+
+    def run(network: nn.Module, images: torch.Tensor) -> None:
+        with torch.inference_mode():
+            network(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    def run_queue(queue: ov.AsyncInferQueue) -> None:
+        for _ in range(batch_size):
+            queue.start_async(image.numpy())
+        queue.wait_all()
+
+    for name, network in networks.items():
+        network.eval()
+        devices = {"torch CPU": "cpu"} | ({"torch CUDA": "cuda"} if torch.cuda.is_available() else {})
+        for way, device in devices.items():
+            on_device = copy.deepcopy(network).to(device)
+            batch = image.expand(batch_size, -1, -1, -1).to(device)
+            latency[name, way] = partial(run, on_device, batch[:1])
+            throughput[name, way] = partial(run, on_device, batch)
+            sizes[name, way] = sum(value.nbytes for value in network.state_dict().values())
+        for way, (file, precision) in PRECISIONS.items():
+            path = results_dir / name / "weights" / "openvino" / f"{file}.xml"
+            options = {"INFERENCE_PRECISION_HINT": precision}
+            compiled = core.compile_model(path, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
+            latency[name, way] = partial(compiled.create_infer_request().infer, [image.numpy()])
+            queue = ov.AsyncInferQueue(core.compile_model(path, "CPU", options | {"PERFORMANCE_HINT": "THROUGHPUT"}))
+            throughput[name, way] = partial(run_queue, queue)
+            sizes[name, way] = path.stat().st_size + path.with_suffix(".bin").stat().st_size
+    latencies = median_latencies(latency, rounds)
+    throughputs = median_latencies(throughput, max(1, rounds // batch_size))
+    table = pd.DataFrame(
+        {
+            "model": name,
+            "runs in": way,
+            "latency [ms]": value,
+            "times backbone": value / latencies[next(iter(networks)), way],
+            "images/s": 1000 * batch_size / throughputs[name, way],
+            "size [MB]": sizes[name, way] / 1e6,
+        }
+        for (name, way), value in latencies.items()
+    )
+    return table.sort_values("runs in", kind="stable", ascending=False)
+
+
+def plot_growth(table: pd.DataFrame, file: Path) -> None:
+    """Plot training time and memory over the number of images and of pixels, each with its straight line.
+
+    Args:
+        table (pd.DataFrame): Rows of :func:`train`, with ``by`` saying what was varied.
+        file (Path): Picture to write.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="col")
+    for column, (by, label) in enumerate({"images": "training images", "pixels": "pixels of an image"}.items()):
+        rows = table[table["by"] == by]
+        x = rows["images"] if by == "images" else rows["image size"] ** 2
+        for axis, value in zip(axes[:, column], ("training [s]", "peak memory [GiB]"), strict=True):
+            axis.plot(x, rows[value], "o")
+            axis.plot(x, np.polyval(np.polyfit(x, rows[value], 1), x), "-", linewidth=1)
+            axis.set_ylim(bottom=0)
+            axis.set_ylabel(value)
+        axes[1, column].set_xlabel(label)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+
+
+def main(
+    data: AnomalibDataModule,
+    models: Sequence[str] = tuple(MODELS),
+    image_size: int = 256,
+    repeats: int = 1,
+    max_minutes: float | None = None,
+    rounds: int = 50,
+    images: Sequence[int] = (100, 200, 400, 800),
+    image_sizes: Sequence[int] = (256, 384, 512),
+    dhkd: dict[str, Any] | None = None,
+    results_dir: Path = Path("results/speed"),
+) -> None:
+    """Write and print the tables.
+
+    Args:
+        data: Training and test images.
+        models: Names of models.
+        image_size: Height and width of the images.
+        repeats: How often each model is trained.
+        max_minutes: Time after which a training stops unfinished.
+        rounds: How often each model's latency is measured.
+        images: Numbers of training images to show the growth over; none for no growth.
+        image_sizes: Heights and widths to show the growth over.
+        dhkd: Arguments of DHKD, where they aren't the defaults.
+        results_dir: Folder for tables, picture, checkpoints and exported models.
+    """
+    results_dir.mkdir(parents=True, exist_ok=True)
+    arguments = {name: dhkd or {} if name == "Dhkd" else {} for name in models}
+    rows = [
+        in_new_process(
+            train, name, data, results_dir, image_size=image_size, max_minutes=max_minutes, **arguments[name]
+        )
+        for _, name in product(range(repeats), models)
+    ]
+    training = pd.DataFrame(rows)
+    training.to_csv(results_dir / "training.csv", index=False)
+    summary = training.groupby("model", sort=False)[
+        ["training [s]", "peak memory [GiB]", "epochs", "finished"]
+    ].median()
+    summary["times first"] = summary["training [s]"] / summary["training [s]"].iloc[0]
+    print(summary.to_markdown(floatfmt=".3g"))  # noqa: T201
+
+    data.setup()
+    resize: Any = create("Dhkd", image_size).pre_processor
+    items: Any = data.train_data
+    examples = [resize.transform(item.image[None]).numpy() for item in items]
+    export_backbone(examples, results_dir / "Backbone" / "weights" / "openvino")
+    networks: dict[str, nn.Module] = {"Backbone": Backbone()}
+    for name in models:
+        checkpoint = training.loc[training["model"] == name, "checkpoint"].iloc[-1]
+        networks[name] = MODELS[name][0].load_from_checkpoint(checkpoint)
+    inference = compare_inference(networks, results_dir, image_size, rounds)
+    inference.to_csv(results_dir / "inference.csv", index=False)
+    print(inference.to_markdown(index=False, floatfmt=".3g"))  # noqa: T201
+
+    if images:
+        jobs = [("images", {"images": count, "image_size": image_size}) for count in images]
+        jobs += [("pixels", {"image_size": size}) for size in image_sizes]
+        rows = [
+            {"by": by} | in_new_process(train, "Dhkd", data, results_dir, export=False, **job, **(dhkd or {}))
+            for by, job in jobs
+        ]
+        growth = pd.DataFrame(rows)
+        growth.to_csv(results_dir / "growth.csv", index=False)
+        plot_growth(growth, results_dir / "growth.png")
+        columns = ["by", "images", "image size", "training [s]", "peak memory [GiB]"]
+        print(growth[columns].to_markdown(index=False, floatfmt=".3g"))  # noqa: T201
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
