@@ -57,8 +57,10 @@ def test_speed(quickstart: Quickstart, tmp_path: Path) -> None:
     assert (training["peak memory [GiB]"] > 0.1).all()
     assert training["finished"].all()
     ways = {"torch CPU", *speed.PRECISIONS}
-    assert set(zip(inference["model"], inference["runs in"], strict=True)) >= {
-        (name, way) for name in ("Backbone", "Dhkd", "Padim") for way in ways
+    # OpenVINO crashes on PaDiM in INT8, which must not end the benchmark.
+    measured = set(zip(inference["model"], inference["runs in"], strict=True))
+    assert measured >= {(name, way) for name in ("Backbone", "Dhkd", "Padim") for way in ways} - {
+        ("Padim", "OpenVINO INT8")
     }
     assert (inference[["latency [ms]", "images/s", "size [MB]"]] > 0).all(axis=None)
     assert (inference.loc[inference["model"] == "Backbone", "times backbone"] == 1).all()
