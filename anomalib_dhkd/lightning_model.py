@@ -96,7 +96,7 @@ class Dhkd(AnomalibModule):
             mean of the highest half per cent of its pixels.
             Defaults to ``"topk"``.
         train_steps (int): Budget of optimiser steps for both phases together.
-            Defaults to ``300``.
+            Defaults to ``400``.
         teacher_share (float): Share of the steps that the teacher gets, between 0 and 1.
             Defaults to ``0.5``.
         cache_limit (float | None): Features of the training images are extracted once and kept, in memory up to this
@@ -136,7 +136,7 @@ class Dhkd(AnomalibModule):
         affinity_weight: float = 1.0,
         calibration: bool = True,
         image_score: Literal["mean", "max", "topk"] = "topk",
-        train_steps: int = 300,
+        train_steps: int = 400,
         teacher_share: float = 0.5,
         learning_rate: float = 1e-2,
         cache_limit: float | None = 2.0,

@@ -76,6 +76,7 @@ def train(
     seed_everything(0, workers=True)
     model = create(name, image_size, **arguments)
     if images is not None:
+        datamodule.prepare_data()
         datamodule.setup(TrainerFn.FITTING)  # fit sets up no second time then
         data: Any = datamodule.train_data
         data.samples = data.samples.iloc[np.arange(images) % len(data)].reset_index(drop=True)
@@ -317,6 +318,7 @@ def main(
     summary["times first"] = summary["training [s]"] / summary["training [s]"].iloc[0]
     print(summary.to_markdown(floatfmt=".3g"))  # noqa: T201
 
+    data.prepare_data()
     data.setup()
     resize: Any = create("Dhkd", image_size).pre_processor
     items: Any = data.train_data
