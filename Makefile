@@ -36,7 +36,7 @@ test: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-# Train on real MVTec AD images (MVTEC_ROOT, default ../shared/data/mvtec_ad); half an hour or more on two cores.
+# Train on real MVTec AD images (MVTEC_ROOT, default ../shared/data/mvtec_ad); some ten minutes on two cores.
 test-mvtec: $(VENV)/installed
 	$(BIN)/pytest -m mvtec -s
 

@@ -19,13 +19,14 @@ class AnomalyMapGenerator(nn.Module):
     .. math::
         m = \frac{1}{S} \sum_s \operatorname{upsample}\left(\frac{\log d_s - \mu_s}{\sigma_s}\right) .
 
-    The rule was chosen by measurement, see ``docs/scores.md``.
+    Scales are averaged, and image scores read off, at the resolution of the finest scale; only the result is enlarged
+    to the image. The rule was chosen by measurement, see ``docs/scores.md``.
 
     Args:
         scales (int): Number of scales.
         calibration (bool): With ``False`` the map is the plain mean of the distances.
         image_score (str): ``"mean"`` or ``"max"`` of the map, or ``"topk"``, the mean of the highest half per cent
-            of its pixels.
+            of its positions.
     """
 
     def __init__(self, scales: int, calibration: bool, image_score: str) -> None:

@@ -93,7 +93,7 @@ class Dhkd(AnomalibModule):
         calibration (bool): Calibrate the scales on training statistics before fusing them.
             Defaults to ``True``.
         image_score (str): How the image score is read off the anomaly map: ``"mean"``, ``"max"`` or ``"topk"``, the
-            mean of the highest half per cent of its pixels.
+            mean of the highest half per cent of its positions at the finest scale.
             Defaults to ``"topk"``.
         train_steps (int): Budget of optimiser steps for both phases together.
             Defaults to ``400``.
@@ -200,6 +200,7 @@ class Dhkd(AnomalibModule):
         self.teacher_steps = 0
         self.cache_limit = cache_limit
         self._cache: FeatureCache | None = None
+        self._image_loader: Any = None
         self._validate_at_end = False
 
     @property
@@ -312,7 +313,7 @@ class Dhkd(AnomalibModule):
 
     def _set_up_cache(self) -> None:
         """Train on kept features instead of images, unless the images may differ from epoch to epoch."""
-        loader: Any = self._image_loader
+        loader = self._image_loader
         dataset = getattr(loader, "dataset", None)
         # anomalib puts the pre-processor's resizing among the augmentations.
         unchanging = isinstance(dataset, AnomalibDataset) and isinstance(dataset.augmentations, Resize | None)
@@ -366,7 +367,9 @@ class Dhkd(AnomalibModule):
             stage (str): Lightning's stage.
         """
         del stage  # Unused argument.
-        self._cache = None
+        if self._cache is not None:
+            self._cache.clear()  # the trainer holds on to it
+        self._cache = self._image_loader = None
 
     def training_step(self, batch: Batch | FeatureBatch, *args, **kwargs) -> STEP_OUTPUT:
         """Train the network of the current phase.

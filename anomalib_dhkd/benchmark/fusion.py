@@ -21,11 +21,10 @@ from jsonargparse import auto_cli
 from lightning.pytorch import seed_everything
 from scipy.stats import beta, betabinom
 from sklearn.metrics import roc_auc_score
-from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 
 from anomalib_dhkd import Dhkd, MVTec, RankPreservingPostProcessor
-from anomalib_dhkd.anomaly_map import AnomalyMapGenerator
+from anomalib_dhkd.anomaly_map import AnomalyMapGenerator, resize
 from anomalib_dhkd.post_processor import conformal_rank, fewest_scores
 
 LAYERS = ("blocks.2", "blocks.4", "blocks.6")
@@ -77,7 +76,7 @@ def fusions(maps: list[torch.Tensor], train: list[torch.Tensor]) -> Iterator[tup
         train (list[torch.Tensor]): Distance maps of the training images.
 
     Yields:
-        tuple[str, torch.Tensor]: Name of the rule and fused maps of shape ``(N, 256, 256)``.
+        tuple[str, torch.Tensor]: Name of the rule and fused maps of shape ``(N, 1, h, w)``, the finest scale's.
     """
     logs = [(scale.log(), reference.log()) for scale, reference in zip(maps, train, strict=True)]
     rules = {
@@ -90,11 +89,12 @@ def fusions(maps: list[torch.Tensor], train: list[torch.Tensor]) -> Iterator[tup
     if len(maps) == 3:
         rules["log-sum weighted 2 : 3 : 1"] = [w * d for w, (d, _) in zip((2, 3, 1), logs, strict=True)]
     for rule, parts in rules.items():
-        yield rule, sum(F.interpolate(part, size=(256, 256), mode="bilinear") for part in parts)[:, 0]  # type: ignore[index]
+        height, width = maps[0].shape[-2:]
+        yield rule, torch.stack([resize(part, height, width) for part in parts]).sum(dim=0)
 
 
 def readings(maps: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Read image scores of shape ``(N,)`` off fused maps of shape ``(N, H, W)``."""
+    """Read image scores of shape ``(N,)`` off fused maps of shape ``(N, 1, h, w)``."""
     pixels = maps.flatten(1)
     highest = pixels.sort(dim=1, descending=True)[0]
     count = pixels.shape[1]
@@ -103,7 +103,7 @@ def readings(maps: torch.Tensor) -> dict[str, torch.Tensor]:
         "max": highest[:, 0],
         "top 5 %": highest[:, : count // 20].mean(dim=1),
         "top 1 %": highest[:, : count // 100].mean(dim=1),
-        "top 0.5 %": highest[:, : count // 200].mean(dim=1),
+        "top 0.5 %": highest[:, : max(1, count // 200)].mean(dim=1),
     }
 
 
@@ -114,7 +114,8 @@ def compare(measured: dict[str, Any]) -> pd.DataFrame:
         maps, train = ([measured[split][scale] for scale in chosen] for split in ("test", "train"))
         for rule, fused in fusions(maps, train):
             scores = {name: roc_auc_score(measured["labels"], score) for name, score in readings(fused).items()}
-            scores["pixel"] = roc_auc_score(measured["masks"][:, ::2, ::2].flatten(), fused[:, ::2, ::2].flatten())
+            pixels = resize(fused, *measured["masks"].shape[-2:])[:, 0, ::2, ::2]
+            scores["pixel"] = roc_auc_score(measured["masks"][:, ::2, ::2].flatten(), pixels.flatten())
             rows += [
                 {
                     "layers": ", ".join(LAYERS[scale] for scale in chosen),

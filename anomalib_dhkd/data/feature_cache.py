@@ -94,6 +94,11 @@ class FeatureCache(Dataset):
         for indices in torch.arange(self.length).split(size):
             yield self.__getitems__(indices.tolist()).features
 
+    def clear(self) -> None:
+        """Let go of the features, and of the file."""
+        self._scales = []
+        self.file = None
+
     def _allocate(self, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
         sizes = [torch.Size(shape).numel() for shape in shapes]
         needed = sum(sizes) * torch.float16.itemsize

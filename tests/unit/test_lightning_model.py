@@ -2,6 +2,8 @@
 
 """Arguments, phases and budget of the Lightning module, in anomalib's real engine."""
 
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,27 @@ def test_training_on_kept_features_is_training_on_images(
     """The same batches in the same order, up to half precision; each image is read and extracted once."""
     expected = _losses(quickstart, tmp_path / "images", cache_limit=None)
     assert _losses(quickstart, tmp_path / "kept", cache_limit=cache_limit) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells of mapped files")
+def test_the_file_is_gone_after_training(quickstart: Quickstart, tmp_path: Path) -> None:
+    class Mapped(Callback):
+        during = False
+
+        def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+            del trainer, module
+            self.during = _maps_a_deleted_file()
+
+    mapped = Mapped()
+    engine = Engine(default_root_dir=tmp_path, callbacks=[mapped], enable_progress_bar=False)
+    engine.fit(model=Dhkd(**SMALL, train_steps=2, cache_limit=0.0), datamodule=quickstart)
+    assert mapped.during
+    assert not _maps_a_deleted_file()
+
+
+def _maps_a_deleted_file() -> bool:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return any(tempfile.gettempdir() in line and line.endswith("(deleted)") for line in lines)
 
 
 def test_images_are_read_and_extracted_once(
