@@ -11,7 +11,7 @@ in one process, so that what else runs on the machine hits all of them alike.
 import copy
 import json
 import logging
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -96,7 +96,7 @@ def train(
         "epochs": engine.trainer.current_epoch,
         "finished": max_minutes is None or seconds < 60 * max_minutes,
         "training [s]": seconds,
-        "peak memory [GiB]": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2,
+        "peak memory [GiB]": peak_memory(),
         "checkpoint": engine.best_model_path,
     }
     if export:
@@ -112,6 +112,15 @@ def train(
                 datamodule=datamodule,
             )
     return row
+
+
+def peak_memory() -> float:
+    """Return the largest resident memory of this process so far in GiB (Linux).
+
+    ``getrusage`` would include what the parent process had when it started this one.
+    """
+    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kibibytes) / 1024**2
 
 
 def train_once(file: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
