@@ -53,8 +53,9 @@ class AnomalyMapGenerator(nn.Module):
                 (_log(distance) - self.log_mean[scale]) / self.log_std[scale]
                 for scale, distance in enumerate(distances)
             ]
-        height, width = distances[0].shape[-2:]
-        fused = torch.stack([resize(distance, height, width) for distance in distances]).mean(dim=0)
+        finest, *coarser = distances
+        height, width = finest.shape[-2:]
+        fused = torch.stack([finest, *(resize(distance, height, width) for distance in coarser)]).mean(dim=0)
         anomaly_map = resize(fused, *image_size)
         values = fused.flatten(1)
         if self.image_score == "mean":

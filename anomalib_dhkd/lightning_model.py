@@ -99,12 +99,12 @@ class Dhkd(AnomalibModule):
             Defaults to ``400``.
         teacher_share (float): Share of the steps that the teacher gets, between 0 and 1.
             Defaults to ``0.5``.
+        learning_rate (float): Peak learning rate of Adam; in each phase it warms up and falls to zero along a cosine.
+            Defaults to ``1e-2``.
         cache_limit (float | None): Features of the training images are extracted once and kept, in memory up to this
             many GiB, above it in a memory-mapped temporary file; ``None`` extracts them at every step. With training
             augmentations nothing is kept.
             Defaults to ``2.0``.
-        learning_rate (float): Peak learning rate of Adam; in each phase it warms up and falls to zero along a cosine.
-            Defaults to ``1e-2``.
         pre_processor (PreProcessor | bool, optional): Pre-processor instance or flag to use default. Images must
             leave it with values in [0, 1].
             Defaults to ``True``.
@@ -317,9 +317,11 @@ class Dhkd(AnomalibModule):
         dataset = getattr(loader, "dataset", None)
         # anomalib puts the pre-processor's resizing among the augmentations.
         unchanging = isinstance(dataset, AnomalibDataset) and isinstance(dataset.augmentations, Resize | None)
-        if self.cache_limit is None or not unchanging:
-            reason = "cache_limit is None" if self.cache_limit is None else "the training images may be augmented"
-            logger.info("Features are extracted at every step, because %s.", reason)
+        if self.cache_limit is None:
+            logger.info("Features are extracted at every step, because cache_limit is None.")
+            return
+        if not unchanging:
+            logger.info("Features are extracted at every step, because the training images may be augmented.")
             return
         self._cache = FeatureCache(len(loader.dataset), self.cache_limit)
         cached = DataLoader(self._cache, batch_sampler=loader.batch_sampler, collate_fn=lambda batch: batch)

@@ -88,8 +88,8 @@ def fusions(maps: list[torch.Tensor], train: list[torch.Tensor]) -> Iterator[tup
     }
     if len(maps) == 3:
         rules["log-sum weighted 2 : 3 : 1"] = [w * d for w, (d, _) in zip((2, 3, 1), logs, strict=True)]
+    height, width = maps[0].shape[-2:]
     for rule, parts in rules.items():
-        height, width = maps[0].shape[-2:]
         yield rule, torch.stack([resize(part, height, width) for part in parts]).sum(dim=0)
 
 

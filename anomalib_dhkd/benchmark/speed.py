@@ -37,6 +37,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from anomalib_dhkd import Dhkd
 from anomalib_dhkd.components.features import FeaturePyramid
 
 from .models import EPOCHS, FEATURES, MODELS, create, make_exportable
@@ -145,16 +146,16 @@ class Backbone(nn.Module):
         return self.features.extract(images)
 
 
-def export_backbone(images: list[np.ndarray], folder: Path) -> None:
+def export_backbone(model: Backbone, images: list[np.ndarray], folder: Path) -> None:
     """Export the bare backbone as anomalib exports models.
 
     Args:
+        model (Backbone): The backbone.
         images (list[np.ndarray]): Images of shape ``(1, 3, H, W)`` to quantise with.
         folder (Path): Folder for the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = Backbone().eval()
-    program: Any = torch.onnx.export(model, (torch.from_numpy(images[0]),), dynamo=True, verbose=False)
+    program: Any = torch.onnx.export(model.eval(), (torch.from_numpy(images[0]),), dynamo=True, verbose=False)
     program.save(folder / "model.onnx")
     exported = ov.convert_model(folder / "model.onnx")
     ov.save_model(exported, folder / "f32.xml", compress_to_fp16=False)
@@ -340,11 +341,12 @@ def main(
 
     data.prepare_data()
     data.setup()
-    resize: Any = create("Dhkd", image_size).pre_processor
+    resize: Any = Dhkd.configure_pre_processor((image_size, image_size))
     items: Any = data.train_data
     examples = [resize.transform(item.image[None]).numpy() for item in items]
-    export_backbone(examples, results_dir / "Backbone" / "weights" / "openvino")
-    networks: dict[str, nn.Module] = {"Backbone": Backbone()}
+    backbone = Backbone()
+    export_backbone(backbone, examples, results_dir / "Backbone" / "weights" / "openvino")
+    networks: dict[str, nn.Module] = {"Backbone": backbone}
     for name in models:
         checkpoint = training.loc[training["model"] == name, "checkpoint"].iloc[-1]
         networks[name] = MODELS[name][0].load_from_checkpoint(checkpoint)

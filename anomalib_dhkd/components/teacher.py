@@ -100,10 +100,11 @@ class FlowTeacher(nn.Module):
         # FrEIA only compares the spatial sizes given here with each other; the layers accept any grid.
         self.flow = SequenceINN(channels, 1, 1)
         condition = {"cond": 0, "cond_shape": (condition_channels, 1, 1)} if condition_channels else {}
-        keep = torch.zeros(0, dtype=torch.bool)
         for step in range(steps):
             # A random half of the channels, then the other half.
-            keep = ~keep if step % 2 else torch.randperm(channels) < channels // 2
+            if step % 2 == 0:
+                half = torch.randperm(channels) < channels // 2
+            keep = ~half if step % 2 else half
             self.flow.append(MaskedCoupling, **condition, keep=keep, hidden_channels=hidden_channels)
 
     def forward(
