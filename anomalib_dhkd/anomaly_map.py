@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fusion of the scales into one anomaly map and one image score."""
+"""Fusion of distance maps into one anomaly map and one image score."""
 
 import torch
 from anomalib.data import InferenceBatch
@@ -9,40 +9,40 @@ from torch.nn import functional as F  # noqa: N812
 
 
 class AnomalyMapGenerator(nn.Module):
-    r"""Calibrate each scale on training statistics, then average the scales in the log domain.
+    r"""Calibrate each distance map on training statistics, then average them in the log domain.
 
     Distances of different scales differ in size, and a scale's anomalies differ by orders of magnitude; summed raw, the
-    scale with the largest energy drowns the others. With :math:`d_s` the distance map of scale :math:`s` and
-    :math:`\mu_s`, :math:`\sigma_s` the mean and standard deviation of :math:`\log d_s` over the training images, the
-    map is
+    scale with the largest energy drowns the others. With :math:`d_k` the :math:`k`-th of :math:`K` distance maps and
+    :math:`\mu_k`, :math:`\sigma_k` the mean and standard deviation of :math:`\log d_k` over the training images, the
+    result is
 
     .. math::
-        m = \frac{1}{S} \sum_s \operatorname{upsample}\left(\frac{\log d_s - \mu_s}{\sigma_s}\right) .
+        m = \frac{1}{K} \sum_k \operatorname{upsample}\left(\frac{\log d_k - \mu_k}{\sigma_k}\right) .
 
-    Scales are averaged, and image scores read off, at the resolution of the finest scale; only the result is enlarged
-    to the image. The rule was chosen by measurement, see ``docs/scores.md``.
+    Maps are averaged, and image scores read off, at the resolution of the first, finest one; only the result is
+    enlarged to the image. The rule was chosen by measurement, see ``docs/scores.md``.
 
     Args:
-        scales (int): Number of scales.
+        count (int): Number of distance maps.
         calibration (bool): With ``False`` the map is the plain mean of the distances.
         image_score (str): ``"mean"`` or ``"max"`` of the map, or ``"topk"``, the mean of the highest half per cent
             of its positions.
     """
 
-    def __init__(self, scales: int, calibration: bool, image_score: str) -> None:
+    def __init__(self, count: int, calibration: bool, image_score: str) -> None:
         super().__init__()
         self.calibration = calibration
         self.image_score = image_score
-        self.register_buffer("log_mean", torch.zeros(scales))
-        self.register_buffer("log_std", torch.ones(scales))
+        self.register_buffer("log_mean", torch.zeros(count))
+        self.register_buffer("log_std", torch.ones(count))
         self.log_mean: torch.Tensor
         self.log_std: torch.Tensor
 
     def forward(self, distances: list[torch.Tensor], image_size: tuple[int, int]) -> InferenceBatch:
-        """Fuse the scales.
+        """Fuse the maps.
 
         Args:
-            distances (list[torch.Tensor]): A map of positive values of shape ``(B, 1, h, w)`` a scale.
+            distances (list[torch.Tensor]): Maps of positive values, each of shape ``(B, 1, h, w)``, finest first.
             image_size (tuple[int, int]): Height and width of the result.
 
         Returns:
@@ -50,12 +50,11 @@ class AnomalyMapGenerator(nn.Module):
         """
         if self.calibration:
             distances = [
-                (_log(distance) - self.log_mean[scale]) / self.log_std[scale]
-                for scale, distance in enumerate(distances)
+                (_log(distance) - self.log_mean[index]) / self.log_std[index]
+                for index, distance in enumerate(distances)
             ]
-        finest, *coarser = distances
-        height, width = finest.shape[-2:]
-        fused = torch.stack([finest, *(resize(distance, height, width) for distance in coarser)]).mean(dim=0)
+        height, width = distances[0].shape[-2:]
+        fused = torch.stack([resize(distance, height, width) for distance in distances]).mean(dim=0)
         anomaly_map = resize(fused, *image_size)
         values = fused.flatten(1)
         if self.image_score == "mean":
@@ -67,15 +66,15 @@ class AnomalyMapGenerator(nn.Module):
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=score)
 
     def fit(self, distances: list[list[torch.Tensor]]) -> None:
-        """Take the statistics of the scales.
+        """Take the statistics of the maps.
 
         Args:
-            distances (list[list[torch.Tensor]]): Distance maps of the training images, a list of scales a batch.
+            distances (list[list[torch.Tensor]]): Distance maps of the training images, a list a batch.
         """
-        for scale, maps in enumerate(zip(*distances, strict=True)):
+        for index, maps in enumerate(zip(*distances, strict=True)):
             logs = _log(torch.cat(maps))
-            self.log_mean[scale] = logs.mean()
-            self.log_std[scale] = logs.std(correction=0).clamp_min(1e-6)  # 0 if all distances are the same
+            self.log_mean[index] = logs.mean()
+            self.log_std[index] = logs.std(correction=0).clamp_min(1e-6)  # 0 if all distances are the same
 
 
 def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -91,6 +90,8 @@ def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
     Returns:
         torch.Tensor: Maps of shape ``(..., height, width)``.
     """
+    if maps.shape[-2:] == (height, width):
+        return maps
     rows, columns = (
         F.interpolate(torch.eye(old, dtype=maps.dtype, device=maps.device)[None], size=new, mode="linear")[0]
         for old, new in zip(maps.shape[-2:], (height, width), strict=True)

@@ -80,7 +80,7 @@ class Dhkd(AnomalibModule):
             teacher's likelihood, and the teacher trains for the whole budget.
             Defaults to ``1``.
         student_channels (int): Width of the student at the first layer; at the others in proportion likewise.
-            Defaults to ``48``.
+            Defaults to ``64``.
         frequency_branch (bool): Reconstruct in the frequency domain too; ``False`` leaves the spatial domain alone.
             Defaults to ``True``.
         noise_std (float): Standard deviation of the Gaussian noise on the student's features in training, in standard
@@ -90,7 +90,10 @@ class Dhkd(AnomalibModule):
             Defaults to ``0.3``.
         affinity_weight (float): Weight of the teacher-student affinity loss; 0 switches it off.
             Defaults to ``1.0``.
-        calibration (bool): Calibrate the scales on training statistics before fusing them.
+        likelihood (bool): Average the distance of teacher and student with the teacher's likelihood; without flow or
+            student there is only one of them.
+            Defaults to ``True``.
+        calibration (bool): Calibrate scales and votes on training statistics before averaging them.
             Defaults to ``True``.
         image_score (str): How the image score is read off the anomaly map: ``"mean"``, ``"max"`` or ``"topk"``, the
             mean of the highest half per cent of its positions at the finest scale.
@@ -129,11 +132,12 @@ class Dhkd(AnomalibModule):
         flow_steps: int = 2,
         flow_channels: int = 64,
         student_blocks: int = 1,
-        student_channels: int = 48,
+        student_channels: int = 64,
         frequency_branch: bool = True,
         noise_std: float = 0.2,
         noise_coverage: float = 0.3,
         affinity_weight: float = 1.0,
+        likelihood: bool = True,
         calibration: bool = True,
         image_score: Literal["mean", "max", "topk"] = "topk",
         train_steps: int = 400,
@@ -183,6 +187,7 @@ class Dhkd(AnomalibModule):
             frequency_branch=frequency_branch,
             noise_std=noise_std,
             noise_coverage=noise_coverage,
+            likelihood=likelihood,
             calibration=calibration,
             image_score=image_score,
         )
@@ -407,7 +412,7 @@ class Dhkd(AnomalibModule):
         return {"loss": loss}
 
     def on_train_batch_end(self, *args, **kwargs) -> None:
-        """After the last step, calibrate the scales, so that validation and the checkpoint have them."""
+        """After the last step, calibrate the votes, so that validation and the checkpoint have them."""
         del args, kwargs  # These variables are not used.
         if self.trainer.global_step >= self.total_steps:
             self.model.calibrate(map(self.model.features.standardise, self._training_features()))

@@ -40,7 +40,9 @@ class DhkdModel(nn.Module):
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
         noise_coverage (float): Expected share of positions with noise.
-        calibration (bool): Whether scales are calibrated on training statistics before fusion.
+        likelihood (bool): Whether the teacher's likelihood votes beside the student's distance. Without a teacher or a
+            student there is only one vote.
+        calibration (bool): Whether the votes are calibrated on training statistics before fusion.
         image_score (str): See :class:`~anomalib_dhkd.anomaly_map.AnomalyMapGenerator`.
     """
 
@@ -58,6 +60,7 @@ class DhkdModel(nn.Module):
         frequency_branch: bool,
         noise_std: float,
         noise_coverage: float,
+        likelihood: bool,
         calibration: bool,
         image_score: str,
     ) -> None:
@@ -89,7 +92,9 @@ class DhkdModel(nn.Module):
             if student_blocks
             else None
         )
-        self.anomaly_map_generator = AnomalyMapGenerator(len(channels), calibration, image_score)
+        self.likelihood = likelihood and self.teachers is not None and self.students is not None
+        votes = len(channels) * (2 if self.likelihood else 1)
+        self.anomaly_map_generator = AnomalyMapGenerator(votes, calibration, image_score)
         self.to(memory_format=torch.channels_last)
 
     def _conditions(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -144,19 +149,23 @@ class DhkdModel(nn.Module):
             features = [add_region_noise(feature, self.noise_std, self.noise_coverage) for feature in features]
         return latents, [student(*inputs) for student, *inputs in zip(self.students, features, conditions, strict=True)]
 
-    @staticmethod
-    def distances(latents: list[torch.Tensor], predictions: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Compute how anomalous each position of each scale is.
+    def distances(self, latents: list[torch.Tensor], predictions: list[torch.Tensor]) -> list[torch.Tensor]:
+        r"""Compute how anomalous each position of each scale is.
+
+        The first vote is the squared difference of teacher and student. The second is the teacher's negative
+        log-likelihood :math:`\tfrac{1}{2} \lVert z \rVert^2` up to a factor and the log-determinant.
 
         Args:
             latents (list[torch.Tensor]): Responses of the teacher.
             predictions (list[torch.Tensor]): Responses of the student.
 
         Returns:
-            list[torch.Tensor]: The mean over channels of the squared difference, a map of shape ``(B, 1, h, w)`` a
-                scale.
+            list[torch.Tensor]: Means over channels, maps of shape ``(B, 1, h, w)``: the first votes of all scales,
+                then, with ``likelihood``, the second ones.
         """
-        return [(t - s).square().mean(dim=1, keepdim=True) for t, s in zip(latents, predictions, strict=True)]
+        differences = [teacher - student for teacher, student in zip(latents, predictions, strict=True)]
+        votes = differences + latents if self.likelihood else differences
+        return [vote.square().mean(dim=1, keepdim=True) for vote in votes]
 
     def score(
         self,
@@ -191,7 +200,7 @@ class DhkdModel(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[list[torch.Tensor]]) -> None:
-        """Take the statistics for calibrating the scales from training images.
+        """Take the statistics for calibrating the votes from training images.
 
         Args:
             batches (Iterable[list[torch.Tensor]]): Standardised features of the training images.

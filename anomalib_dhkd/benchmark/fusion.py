@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Compare rules of fusing the scales and of reading off an image score, and count false alarms.
+"""Compare rules of fusing scales and votes and of reading off an image score, and count false alarms.
 
 ``python -m anomalib_dhkd.benchmark.fusion --root path/to/mvtec_ad``
 
@@ -31,7 +31,7 @@ LAYERS = ("blocks.2", "blocks.4", "blocks.6")
 
 
 def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **arguments: Any) -> dict[str, Any]:
-    """Train the model and return the distance maps of each scale.
+    """Train the model and return its distance maps.
 
     Args:
         datamodule (AnomalibDataModule): Images with a validation split of training images.
@@ -40,7 +40,8 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
         **arguments: Arguments of the model.
 
     Returns:
-        dict[str, Any]: For ``train``, ``held_out`` and ``test``, a list of maps of shape ``(N, 1, h, w)`` a scale;
+        dict[str, Any]: For ``train``, ``held_out`` and ``test``, the maps of shape ``(N, 1, h, w)``: the
+            distance of teacher and student of each scale, then the teacher's likelihood of each scale;
             for the test images their ``labels``, of shape ``(N,)``, and ``masks``, of shape ``(N, H, W)``.
     """
     seed_everything(seed, workers=True)
@@ -72,22 +73,27 @@ def fusions(maps: list[torch.Tensor], train: list[torch.Tensor]) -> Iterator[tup
     """Fuse the scales by every rule.
 
     Args:
-        maps (list[torch.Tensor]): Distance maps, of shape ``(N, 1, h, w)`` a scale.
-        train (list[torch.Tensor]): Distance maps of the training images.
+        maps (list[torch.Tensor]): Maps of shape ``(N, 1, h, w)``: the distances of the scales, then the likelihoods.
+        train (list[torch.Tensor]): The same of the training images.
 
     Yields:
         tuple[str, torch.Tensor]: Name of the rule and fused maps of shape ``(N, 1, h, w)``, the finest scale's.
     """
-    logs = [(scale.log(), reference.log()) for scale, reference in zip(maps, train, strict=True)]
+    scales = len(maps) // 2
+    pairs = list(zip(maps, train, strict=True))
+    logs = [d.log() for d in maps]
+    calibrated = [(d.log() - t.log().mean()) / t.log().std() for d, t in pairs]
     rules = {
-        "sum": maps,
-        "calibrated sum: d / mean": [d / t.mean() for d, t in zip(maps, train, strict=True)],
-        "calibrated sum: (d - mean) / std": [(d - t.mean()) / t.std() for d, t in zip(maps, train, strict=True)],
-        "log-sum": [d for d, _ in logs],
-        "calibrated log-sum: (log d - mean) / std": [(d - t.mean()) / t.std() for d, t in logs],
+        "sum": maps[:scales],
+        "calibrated sum: d / mean": [d / t.mean() for d, t in pairs[:scales]],
+        "calibrated sum: (d - mean) / std": [(d - t.mean()) / t.std() for d, t in pairs[:scales]],
+        "log-sum": logs[:scales],
+        "calibrated log-sum: (log d - mean) / std": calibrated[:scales],
+        "calibrated log-sum of the likelihood": calibrated[scales:],
+        "calibrated log-sum of both": calibrated,
     }
-    if len(maps) == 3:
-        rules["log-sum weighted 2 : 3 : 1"] = [w * d for w, (d, _) in zip((2, 3, 1), logs, strict=True)]
+    if scales == 3:
+        rules["log-sum weighted 2 : 3 : 1"] = [w * d for w, d in zip((2, 3, 1), logs, strict=False)]
     height, width = maps[0].shape[-2:]
     for rule, parts in rules.items():
         yield rule, torch.stack([resize(part, height, width) for part in parts]).sum(dim=0)
@@ -111,7 +117,8 @@ def compare(measured: dict[str, Any]) -> pd.DataFrame:
     """Return image AUROC of every rule and reading, and pixel AUROC (on every second row and column) of every rule."""
     rows = []
     for chosen in ((0, 1), (1, 2), (0, 1, 2)):
-        maps, train = ([measured[split][scale] for scale in chosen] for split in ("test", "train"))
+        indices = [*chosen, *(scale + len(LAYERS) for scale in chosen)]
+        maps, train = ([measured[split][index] for index in indices] for split in ("test", "train"))
         for rule, fused in fusions(maps, train):
             scores = {name: roc_auc_score(measured["labels"], score) for name, score in readings(fused).items()}
             pixels = resize(fused, *measured["masks"].shape[-2:])[:, 0, ::2, ::2]
@@ -133,12 +140,10 @@ def false_alarms(measured: dict[str, Any], rates: Sequence[float]) -> pd.DataFra
 
     For comparison the thresholds of the images that were trained on, which are too low.
     """
-    generator = AnomalyMapGenerator(scales=2, calibration=True, image_score="topk")
-    generator.fit([measured["train"][:2]])
-    scores = {
-        split: generator(measured[split][:2], (256, 256)).pred_score.flatten()
-        for split in ("train", "held_out", "test")
-    }
+    maps = {split: [measured[split][index] for index in (0, 1, 3, 4)] for split in ("train", "held_out", "test")}
+    generator = AnomalyMapGenerator(len(maps["train"]), calibration=True, image_score="topk")
+    generator.fit([maps["train"]])
+    scores = {split: generator(values, (256, 256)).pred_score.flatten() for split, values in maps.items()}
     good = scores["test"][measured["labels"] == 0]
     rows = []
     for rate in rates:

@@ -16,7 +16,7 @@ class FrequencyBranch(nn.Module):
     """Two 1x1 convolutions on the coefficients of the Fourier transform.
 
     Each frequency of a map depends on every position, so this branch sees the whole image at once and can suppress
-    what doesn't fit into it. It works on an eighth of the channels: the transforms cost more than the convolutions.
+    what doesn't fit into it. It works on a sixteenth of the channels: the transforms cost more than the convolutions.
 
     Args:
         channels (int): Channels of input and output.
@@ -24,7 +24,7 @@ class FrequencyBranch(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        width = max(1, channels // 8)
+        width = max(1, channels // 16)
         self.reduce = nn.Conv2d(channels, width, kernel_size=1, bias=False)
         self.layers = nn.Sequential(
             nn.Conv2d(4 * width, 4 * width, kernel_size=1, bias=False),

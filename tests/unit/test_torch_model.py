@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812
 
 from anomalib_dhkd.components.dual_domain import FrequencyBranch
 from anomalib_dhkd.components.positional_encoding import sinusoidal_encoding
@@ -22,6 +23,7 @@ ARGUMENTS = {
     "frequency_branch": True,
     "noise_std": 0.5,
     "noise_coverage": 0.5,
+    "likelihood": True,
     "calibration": True,
     "image_score": "topk",
     **SMALL,
@@ -81,6 +83,26 @@ def test_without_student_the_map_is_the_teachers() -> None:
     torch.testing.assert_close(model(images).anomaly_map, model.anomaly_map_generator(maps, (64, 64)).anomaly_map)
 
 
+def test_the_likelihood_votes_beside_the_distance() -> None:
+    model = _model(calibration=False).eval()
+    latents, predictions = model.respond(model.features(torch.rand(2, 3, 64, 64)))
+    votes = [(t - s).square().mean(dim=1, keepdim=True) for t, s in zip(latents, predictions, strict=True)]
+    likelihoods = [latent.square().mean(dim=1, keepdim=True) for latent in latents]
+    for likelihood, expected in ((True, votes + likelihoods), (False, votes)):
+        model.likelihood = likelihood
+        torch.testing.assert_close(model.distances(latents, predictions), expected)
+        resized = [F.interpolate(vote, size=expected[0].shape[-2:], mode="bilinear") for vote in expected]
+        whole = F.interpolate(sum(resized) / len(resized), size=(64, 64), mode="bilinear")
+        torch.testing.assert_close(model.score(latents, predictions, (64, 64)).anomaly_map, whole)
+
+
+@pytest.mark.parametrize("switch", [{"likelihood": False}, {"student_blocks": 0}, {"flow_steps": 0}])
+def test_one_vote_a_scale_without_likelihood_student_or_flow(switch: dict[str, Any]) -> None:
+    model = _model(**switch).eval()
+    assert not model.likelihood
+    assert len(model.distances(*model.respond(model.features(torch.rand(1, 3, 64, 64))))) == 2
+
+
 def test_without_frequency_branch_no_transform_is_left() -> None:
     assert any(isinstance(module, FrequencyBranch) for module in _model().modules())
     assert not any(isinstance(module, FrequencyBranch) for module in _model(frequency_branch=False).modules())
@@ -114,6 +136,7 @@ def test_map_is_low_where_the_student_is_right() -> None:
     model = _model().eval()
     images = torch.rand(2, 3, 64, 64)
     latents, predictions = model.respond(model.features(images))
+    # The teacher's likelihood, the other half of the score, is the same for both.
     perfect = model.score(latents, latents, (64, 64)).anomaly_map
     assert perfect.isfinite().all()
     assert (perfect < model.score(latents, predictions, (64, 64)).anomaly_map).all()
