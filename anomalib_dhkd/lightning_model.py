@@ -90,8 +90,8 @@ class Dhkd(AnomalibModule):
             Defaults to ``0.3``.
         affinity_weight (float): Weight of the teacher-student affinity loss; 0 switches it off.
             Defaults to ``1.0``.
-        likelihood (bool): Average the distance of teacher and student with the teacher's likelihood; without flow or
-            student there is only one of them.
+        likelihood (bool): Average the distances of teacher and student with the teacher's likelihood at the coarsest
+            scale; without flow or student there is nothing to average.
             Defaults to ``True``.
         calibration (bool): Calibrate scales and votes on training statistics before averaging them.
             Defaults to ``True``.

@@ -40,8 +40,8 @@ class DhkdModel(nn.Module):
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
         noise_coverage (float): Expected share of positions with noise.
-        likelihood (bool): Whether the teacher's likelihood votes beside the student's distance. Without a teacher or a
-            student there is only one vote.
+        likelihood (bool): Whether the teacher's likelihood at the coarsest scale votes beside the distances of teacher
+            and student. Without a teacher or a student it can't.
         calibration (bool): Whether the votes are calibrated on training statistics before fusion.
         image_score (str): See :class:`~anomalib_dhkd.anomaly_map.AnomalyMapGenerator`.
     """
@@ -93,8 +93,7 @@ class DhkdModel(nn.Module):
             else None
         )
         self.likelihood = likelihood and self.teachers is not None and self.students is not None
-        votes = len(channels) * (2 if self.likelihood else 1)
-        self.anomaly_map_generator = AnomalyMapGenerator(votes, calibration, image_score)
+        self.anomaly_map_generator = AnomalyMapGenerator(len(channels) + self.likelihood, calibration, image_score)
         self.to(memory_format=torch.channels_last)
 
     def _conditions(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -152,19 +151,20 @@ class DhkdModel(nn.Module):
     def distances(self, latents: list[torch.Tensor], predictions: list[torch.Tensor]) -> list[torch.Tensor]:
         r"""Compute how anomalous each position of each scale is.
 
-        The first vote is the squared difference of teacher and student. The second is the teacher's negative
-        log-likelihood :math:`\tfrac{1}{2} \lVert z \rVert^2` up to a factor and the log-determinant.
+        That is the squared difference of teacher and student, and at the coarsest scale also the teacher's negative
+        log-likelihood :math:`\tfrac{1}{2} \lVert z \rVert^2`, up to a factor and the log-determinant. The likelihood
+        of finer scales was measured too, and makes maps worse where parts turn.
 
         Args:
             latents (list[torch.Tensor]): Responses of the teacher.
             predictions (list[torch.Tensor]): Responses of the student.
 
         Returns:
-            list[torch.Tensor]: Means over channels, maps of shape ``(B, 1, h, w)``: the first votes of all scales,
-                then, with ``likelihood``, the second ones.
+            list[torch.Tensor]: Means over channels, a map of shape ``(B, 1, h, w)`` a scale and, with
+                ``likelihood``, one more of the last scale.
         """
         differences = [teacher - student for teacher, student in zip(latents, predictions, strict=True)]
-        votes = differences + latents if self.likelihood else differences
+        votes = [*differences, latents[-1]] if self.likelihood else differences
         return [vote.square().mean(dim=1, keepdim=True) for vote in votes]
 
     def score(

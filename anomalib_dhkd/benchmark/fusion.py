@@ -45,7 +45,7 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
             for the test images their ``labels``, of shape ``(N,)``, and ``masks``, of shape ``(N, H, W)``.
     """
     seed_everything(seed, workers=True)
-    model: Any = Dhkd(layers=LAYERS, **arguments)
+    model: Any = Dhkd(layers=LAYERS, likelihood=False, **arguments)
     Engine(default_root_dir=results_dir, enable_progress_bar=False).fit(model, datamodule)
     model.eval()
     transform = model.pre_processor.transform
@@ -53,10 +53,11 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
 
     @torch.no_grad()
     def measure(images: Any) -> list[torch.Tensor]:
-        batches = [
-            model.model.distances(*model.model.respond(model.model.features(transform(batch.image))))
-            for batch in DataLoader(images, batch_size=16, collate_fn=test_data.collate_fn)
-        ]
+        batches = []
+        for batch in DataLoader(images, batch_size=16, collate_fn=test_data.collate_fn):
+            latents, predictions = model.model.respond(model.model.features(transform(batch.image)))
+            likelihoods = model.model.distances(latents, [torch.zeros_like(latent) for latent in latents])
+            batches.append(model.model.distances(latents, predictions) + likelihoods)
         return [torch.cat(maps) for maps in zip(*batches, strict=True)]
 
     test = list(test_data)
@@ -89,8 +90,9 @@ def fusions(maps: list[torch.Tensor], train: list[torch.Tensor]) -> Iterator[tup
         "calibrated sum: (d - mean) / std": [(d - t.mean()) / t.std() for d, t in pairs[:scales]],
         "log-sum": logs[:scales],
         "calibrated log-sum: (log d - mean) / std": calibrated[:scales],
-        "calibrated log-sum of the likelihood": calibrated[scales:],
-        "calibrated log-sum of both": calibrated,
+        "the same of the likelihoods": calibrated[scales:],
+        "the same of distances and likelihoods": calibrated,
+        "the same of distances and the coarsest likelihood": [*calibrated[:scales], calibrated[-1]],
     }
     if scales == 3:
         rules["log-sum weighted 2 : 3 : 1"] = [w * d for w, d in zip((2, 3, 1), logs, strict=False)]
@@ -140,7 +142,7 @@ def false_alarms(measured: dict[str, Any], rates: Sequence[float]) -> pd.DataFra
 
     For comparison the thresholds of the images that were trained on, which are too low.
     """
-    maps = {split: [measured[split][index] for index in (0, 1, 3, 4)] for split in ("train", "held_out", "test")}
+    maps = {split: [measured[split][index] for index in (0, 1, 4)] for split in ("train", "held_out", "test")}
     generator = AnomalyMapGenerator(len(maps["train"]), calibration=True, image_score="topk")
     generator.fit([maps["train"]])
     scores = {split: generator(values, (256, 256)).pred_score.flatten() for split, values in maps.items()}

@@ -190,18 +190,20 @@ def can_be_loaded(path: Path) -> bool:
 
 def compare_inference(
     networks: dict[str, nn.Module],
-    results_dir: Path,
+    folders: dict[str, Path],
     image_size: int,
     rounds: int,
+    ways: Sequence[str] = tuple(PRECISIONS),
     batch_size: int = 16,
 ) -> pd.DataFrame:
     """Measure latency and throughput of networks in PyTorch and OpenVINO.
 
     Args:
-        networks (dict[str, nn.Module]): Networks by name; a folder of that name holds the exported files.
-        results_dir (Path): Folder of the folders.
+        networks (dict[str, nn.Module]): Networks by name; the first is the measure of the others.
+        folders (dict[str, Path]): Folders of their exported files; a file that is missing is left out.
         image_size (int): Height and width of the images.
         rounds (int): Number of timed calls of each.
+        ways (Sequence[str]): Keys of ``PRECISIONS``. Defaults to all.
         batch_size (int): Images in a batch, or at once in OpenVINO's queue, for the throughput. Defaults to ``16``.
 
     Returns:
@@ -233,10 +235,11 @@ def compare_inference(
             latency[name, way] = partial(run, on_device, batch[:1])
             throughput[name, way] = partial(run, on_device, batch)
             sizes[name, way] = sum(value.nbytes for value in network.state_dict().values())
-        for way, (file, precision) in PRECISIONS.items():
-            path = results_dir / name / "weights" / "openvino" / f"{file}.xml"
-            if not can_be_loaded(path):
-                logger.warning("OpenVINO crashes on %s; it is left out.", path)
+        for way in ways:
+            file, precision = PRECISIONS[way]
+            path = folders[name] / f"{file}.xml"
+            if not path.exists() or not can_be_loaded(path):
+                logger.warning("%s is missing, or OpenVINO crashes on it; it is left out.", path)
                 continue
             exported = core.read_model(path)
             exported.reshape(list(image.shape))  # anomalib leaves the number of images open, which costs time
@@ -261,7 +264,7 @@ def compare_inference(
             "model": name,
             "runs in": way,
             "latency [ms]": value,
-            "times backbone": value / latencies[next(iter(networks)), way],
+            "times first": value / latencies[next(iter(networks)), way],
             "images/s": 1000 * batch_size / throughputs[name, way],
             "size [MB]": sizes[name, way] / 1e6,
         }
@@ -350,7 +353,9 @@ def main(
     for name in models:
         checkpoint = training.loc[training["model"] == name, "checkpoint"].iloc[-1]
         networks[name] = MODELS[name][0].load_from_checkpoint(checkpoint)
-    inference = compare_inference(networks, results_dir, image_size, rounds)
+    folders = {name: results_dir / name / "weights" / "openvino" for name in networks}
+    inference = compare_inference(networks, folders, image_size, rounds)
+    inference = inference.rename(columns={"times first": "times backbone"})
     inference.to_csv(results_dir / "inference.csv", index=False)
     print(inference.to_markdown(index=False, floatfmt=".3g"))  # noqa: T201
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The subcommand ``benchmark``: train, test and time models side by side and report."""
+
+import os
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.pipelines.components import Pipeline, Runner
+from jsonargparse import ArgumentParser, Namespace
+
+from .jobs import InferenceJobGenerator, ProgressRunner, TrainingJobGenerator, failed
+from .report import write_report
+from .work import parse
+
+OPTIONS = {"results_dir", "accelerator", "workers", "scheduler", "reported", "benchmark", "inference"}
+
+
+class Benchmark(Pipeline):
+    """Compare anomaly detection models side by side."""
+
+    @staticmethod
+    def get_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
+        """Add the options that replace those of the configuration."""
+        parser = Pipeline.get_parser(parser)
+        parser.add_argument("--root", type=str | None, default=None, help="Folder of the data set.")
+        parser.add_argument("--results_dir", type=str | None, default=None, help="Folder for jobs and report.")
+        parser.add_argument("--workers", type=int | None, default=None, help="Jobs at a time on this machine.")
+        return parser
+
+    def _get_args(self, args: Namespace | None) -> dict:
+        settings = super()._get_args(args)
+        unknown = sorted(set(settings) - OPTIONS)
+        if unknown:
+            msg = f"{', '.join(unknown)} in the configuration must be some of {', '.join(sorted(OPTIONS))}."
+            raise ValueError(msg)
+        for name in ("results_dir", "workers"):
+            if args is not None and args.get(name) is not None:
+                settings[name] = args[name]
+        if args is not None and args.get("root") is not None:
+            settings["benchmark"]["data"].setdefault("init_args", {})["root"] = args["root"]
+        accelerator = settings.setdefault("accelerator", "cpu")
+        if accelerator not in {"cpu", "cuda"}:
+            msg = f"accelerator must be 'cpu' or 'cuda', got {accelerator!r}."
+            raise ValueError(msg)
+        if accelerator == "cuda" and not settings.get("scheduler") and not torch.cuda.is_available():
+            msg = "accelerator is 'cuda', but PyTorch finds no GPU on this machine; 'cpu' is allowed."
+            raise ValueError(msg)
+        workers = settings.setdefault("workers", torch.cuda.device_count() if accelerator == "cuda" else 1)
+        if not isinstance(workers, int) or workers < 1:
+            msg = f"workers must be at least 1, got {workers!r}."
+            raise ValueError(msg)
+        return settings
+
+    def _setup_runners(self, args: dict) -> list[Runner]:
+        """Return one runner for the trainings and one for comparing inference."""
+        results_dir = Path(args["results_dir"])
+        executor: Executor
+        if args.get("scheduler"):
+            from distributed import Client  # noqa: PLC0415  # an optional extra
+
+            client = Client(args["scheduler"])
+            executor, workers, devices = client.get_executor(), sum(client.nthreads().values()), 0
+        else:
+            workers = args["workers"]
+            executor = ThreadPoolExecutor(workers)
+            devices = torch.cuda.device_count() if args["accelerator"] == "cuda" else 0
+        return [
+            ProgressRunner(TrainingJobGenerator(results_dir, args["accelerator"]), executor, workers, devices),
+            ProgressRunner(InferenceJobGenerator(results_dir), executor, 1),
+        ]
+
+    def run(self, args: Namespace | None = None) -> None:
+        """Do all jobs that aren't done yet and write the report.
+
+        Args:
+            args (Namespace | None): Arguments of the command line.
+
+        Raises:
+            SystemExit: With status 1 if a job failed, after the report was written.
+        """
+        settings = self._get_args(args)
+        training, inference = self._setup_runners(settings)
+        jobs: Any = training.generator(settings["benchmark"])
+        for job in jobs:
+            parse(job.settings)  # a wrong argument is found now, not after hours
+        try:
+            trainings = training.run(settings["benchmark"])
+            latencies = inference.run(settings.get("inference", {"image_size": 256, "rounds": 50}), trainings)
+        except KeyboardInterrupt:
+            print(f"Interrupted. The same command goes on from the jobs finished in {settings['results_dir']}.")  # noqa: T201
+            os._exit(130)  # without waiting for the jobs that run, which end with this process
+        write_report(Path(settings["results_dir"]), trainings, latencies, reported=settings.get("reported", False))
+        if any(failed(row) for table in (trainings, latencies) for row in table.to_dict("records")):
+            raise SystemExit(1)
