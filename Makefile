@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS := results/Dhkd/Quickstart/brick/latest
 
-.PHONY: quickstart test test-mvtec format
+.PHONY: quickstart test test-mvtec browser format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,11 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# Chromium, which opens the benchmark's report in a test that is skipped without it (Debian and Ubuntu, as root).
+browser:
+	apt-get update --quiet=2
+	apt-get install --quiet=2 --no-install-recommends chromium chromium-driver > /dev/null
 
 # Train on real MVTec AD images (MVTEC_ROOT, default ../shared/data/mvtec_ad); some ten minutes on two cores.
 test-mvtec: $(VENV)/installed

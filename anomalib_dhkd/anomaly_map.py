@@ -54,7 +54,12 @@ class AnomalyMapGenerator(nn.Module):
                 for index, distance in enumerate(distances)
             ]
         height, width = distances[0].shape[-2:]
-        fused = torch.stack([resize(distance, height, width) for distance in distances]).mean(dim=0)
+        by_size: dict[torch.Size, list[torch.Tensor]] = {}
+        for distance in distances:
+            by_size.setdefault(distance.shape[-2:], []).append(distance)
+        # Interpolation is linear: maps of one size are added first and enlarged together.
+        sums = [torch.stack(maps).sum(dim=0) for maps in by_size.values()]
+        fused = torch.stack([resize(maps, height, width) for maps in sums]).sum(dim=0) / len(distances)
         anomaly_map = resize(fused, *image_size)
         values = fused.flatten(1)
         if self.image_score == "mean":

@@ -114,11 +114,16 @@ class TrainingJobGenerator(JobGenerator):
 
         Yields:
             BenchmarkJob: Jobs, not begun.
+
+        Raises:
+            ValueError: If the section or a model's entry has another key.
         """
         del prev_stage_result  # Unused argument.
         combinations = []
         for combination in get_iterator_from_grid_dict(args or {}):
+            _check_keys("benchmark", combination, {"model", "data", "seed", "image_size", "trainer"})
             model, data = combination["model"], combination["data"]
+            _check_keys("model", model, {"name", "class_path", "init_args", "trainer", "data"})
             combinations.append(
                 {
                     "model": {key: model[key] for key in ("name", "class_path", "init_args") if key in model},
@@ -133,6 +138,12 @@ class TrainingJobGenerator(JobGenerator):
             yield BenchmarkJob(
                 f"{model_name(settings)} {data_name(settings)} {settings['seed']}", settings, self.results_dir
             )
+
+
+def _check_keys(section: str, given: dict[str, Any], allowed: set[str]) -> None:
+    if not set(given) <= allowed:
+        msg = f"{section} must have some of {sorted(allowed)} only, got {sorted(given)}."
+        raise ValueError(msg)
 
 
 def failed(row: dict[str, Any]) -> bool:

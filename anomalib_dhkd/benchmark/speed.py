@@ -273,6 +273,38 @@ def compare_inference(
     return table.sort_values("runs in", kind="stable", ascending=False)
 
 
+def profile(folder: Path, image_size: int, rounds: int) -> pd.DataFrame:
+    """Measure where OpenVINO spends the time of one image, in single precision and in INT8.
+
+    Args:
+        folder (Path): Folder of the exported files.
+        image_size (int): Height and width of the image.
+        rounds (int): Number of calls to average over.
+
+    Returns:
+        pd.DataFrame: Milliseconds by type of operation and precision, longest first.
+    """
+    core = ov.Core()
+    image = np.random.default_rng(0).random((1, 3, image_size, image_size), dtype=np.float32)
+    columns = {}
+    for file in ("f32", "int8"):
+        exported = core.read_model(folder / f"{file}.xml")
+        exported.reshape(list(image.shape))
+        options = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        request = core.compile_model(exported, "CPU", options).create_infer_request()
+        infos = []
+        for _ in range(rounds + 1):
+            request.infer([image])
+            infos += [(info.node_type, info.real_time.total_seconds()) for info in request.get_profiling_info()]
+        warm = pd.DataFrame(
+            infos[len(infos) // (rounds + 1) :], columns=["operation", "time"]
+        )  # without the first call
+        columns[f"{file} [ms]"] = 1000 * warm.groupby("operation")["time"].sum() / rounds
+    table = pd.DataFrame(columns).fillna(0).sort_values("f32 [ms]", ascending=False)
+    table.loc["all"] = table.sum()
+    return table[table.max(axis=1) >= 0.01].reset_index()
+
+
 def plot_growth(table: pd.DataFrame, file: Path) -> None:
     """Plot training time and memory over the number of images and of pixels, each with its straight line.
 
@@ -358,6 +390,10 @@ def main(
     inference = inference.rename(columns={"times first": "times backbone"})
     inference.to_csv(results_dir / "inference.csv", index=False)
     print(inference.to_markdown(index=False, floatfmt=".3g"))  # noqa: T201
+    for name in folders.keys() & {"Backbone", "Dhkd"}:
+        operations = profile(folders[name], image_size, rounds)
+        operations.to_csv(results_dir / f"profile_{name}.csv", index=False)
+        print(f"{name}\n\n{operations.to_markdown(index=False, floatfmt='.3g')}")  # noqa: T201
 
     if images:
         jobs = [("images", {"images": count, "image_size": image_size}) for count in images]
