@@ -90,7 +90,10 @@ class Benchmark(Pipeline):
             trainings = training.run(settings["benchmark"])
             latencies = inference.run(settings.get("inference", {"image_size": 256, "rounds": 50}), trainings)
         except KeyboardInterrupt:
-            print(f"Interrupted. The same command goes on from the jobs finished in {settings['results_dir']}.")  # noqa: T201
+            print(  # noqa: T201
+                f"Interrupted. The same command goes on from the jobs finished in {settings['results_dir']}.",
+                flush=True,
+            )
             os._exit(130)  # without waiting for the jobs that run, which end with this process
         write_report(Path(settings["results_dir"]), trainings, latencies, reported=settings.get("reported", False))
         if any(failed(row) for table in (trainings, latencies) for row in table.to_dict("records")):
