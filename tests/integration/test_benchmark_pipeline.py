@@ -199,16 +199,6 @@ def test_interrupt_keeps_what_is_finished(root: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_dask_workers_give_the_same(serial: Path, root: Path, tmp_path: Path) -> None:
-    distributed = pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        configuration = _configuration(tmp_path, root, ["DHKD", "PaDiM"], scheduler=cluster.scheduler_address)
-        completed = _run(configuration)
-    assert completed.returncode == 0, completed.stdout + completed.stderr
-    metrics = list(METRICS)
-    pd.testing.assert_frame_equal(_results(configuration)[metrics], _results(serial).loc[["DHKD", "PaDiM"], metrics])
-
-
 @pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
     reason="Chromium and its driver are not installed (`make browser`)",
