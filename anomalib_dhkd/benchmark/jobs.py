@@ -216,14 +216,13 @@ class ProgressRunner(Runner):
             for worker in range(workers):
                 self.devices.put(worker % devices)
 
-    def _run(self, job: BenchmarkJob) -> dict[str, Any]:
-        if self.devices is None:
-            return job.run()
-        device = self.devices.get()
+    @staticmethod
+    def _run_on_free_device(job: BenchmarkJob, devices: SimpleQueue[int]) -> dict[str, Any]:
+        device = devices.get()
         try:
             return job.run(device)
         finally:
-            self.devices.put(device)
+            devices.put(device)
 
     def run(self, args: dict[str, Any], prev_stage_results: Any = None) -> pd.DataFrame:
         """Have all jobs done.
@@ -236,10 +235,9 @@ class ProgressRunner(Runner):
             pd.DataFrame: One row for each job, in the order of the jobs, with ``title``, ``settings`` and ``folder``.
         """
         jobs: list[Any] = list(self.generator(args, prev_stage_results))
-        done = sum(job.finished for job in jobs)
-        submit = self._run if self.devices else BenchmarkJob.run
+        run: tuple[Any, ...] = (BenchmarkJob.run,) if self.devices is None else (self._run_on_free_device, self.devices)
         futures: dict[Future, BenchmarkJob] = {
-            self.executor.submit(submit, job): job for job in jobs if not job.finished
+            self.executor.submit(run[0], job, *run[1:]): job for job in jobs if not job.finished
         }
         results = {job.folder: job.run() for job in jobs if job.finished}
         with Progress(
@@ -249,7 +247,7 @@ class ProgressRunner(Runner):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         ) as progress:
-            task = progress.add_task("", total=len(jobs), completed=done)
+            task = progress.add_task("", total=len(jobs), completed=len(results))
 
             def show() -> None:
                 left = len(jobs) - len(results)

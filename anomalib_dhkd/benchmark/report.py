@@ -112,6 +112,11 @@ def differences(trainings: pd.DataFrame) -> pd.DataFrame:
     return table.loc[:, (table != table.iloc[0]).any()].rename_axis("model").reset_index()
 
 
+def inference_rows(latencies: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return one row for each model and way of running it; none if the comparison failed."""
+    return [row for rows in latencies.get("rows", []) if isinstance(rows, list) for row in rows]
+
+
 def tables(trainings: pd.DataFrame, latencies: pd.DataFrame, with_reported: bool) -> dict[str, pd.DataFrame]:
     """Return all tables of the report by their titles; empty ones are left out."""
     results = flatten(trainings)
@@ -122,7 +127,7 @@ def tables(trainings: pd.DataFrame, latencies: pd.DataFrame, with_reported: bool
             found[f"{metric.replace('_', ' ')} [%]"] = quality(good, metric, with_reported)
         costs = good.groupby("model", sort=False)[[name for name in COSTS if good[name].notna().any()]].mean()
         found["Cost of training, mean over data and seeds"] = costs.map("{:.4g}".format).reset_index()
-    inference = [row for rows in latencies.get("rows", []) if isinstance(rows, list) for row in rows]
+    inference = inference_rows(latencies)
     if inference:
         found["Inference side by side"] = pd.DataFrame(inference).map(
             lambda value: f"{value:.3g}" if isinstance(value, float) else value
@@ -220,10 +225,10 @@ def plot_cases(folders: dict[str, Path]) -> Figure:
     return figure
 
 
-def embed(figure: Figure, **options: Any) -> str:
+def embed(figure: Figure) -> str:
     """Return a figure as a data URI and close it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, **options)
+    figure.savefig(buffer, format="png", dpi=100)
     plt.close(figure)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -252,7 +257,7 @@ def write_report(
     (results_dir / "results.md").write_text("\n\n".join(["# Benchmark", *parts, *notes]) + "\n")
 
     plots = {}
-    inference = [row for rows in latencies.get("rows", []) if isinstance(rows, list) for row in rows]
+    inference = inference_rows(latencies)
     if inference:
         figure = plot_quality_and_latency(results[results["error"].isna()], pd.DataFrame(inference))
         plots["Quality and latency"] = embed(figure)
