@@ -282,7 +282,8 @@ def profile(folder: Path, image_size: int, rounds: int) -> pd.DataFrame:
         rounds (int): Number of calls to average over.
 
     Returns:
-        pd.DataFrame: Milliseconds by type of operation and precision, longest first.
+        pd.DataFrame: Milliseconds by type of operation and precision, longest first, without those of no time, which
+            OpenVINO has merged into others.
     """
     core = ov.Core()
     image = np.random.default_rng(0).random((1, 3, image_size, image_size), dtype=np.float32)
@@ -296,13 +297,11 @@ def profile(folder: Path, image_size: int, rounds: int) -> pd.DataFrame:
         for _ in range(rounds + 1):
             request.infer([image])
             infos += [(info.node_type, info.real_time.total_seconds()) for info in request.get_profiling_info()]
-        warm = pd.DataFrame(
-            infos[len(infos) // (rounds + 1) :], columns=["operation", "time"]
-        )  # without the first call
+        warm = pd.DataFrame(infos[len(infos) // (rounds + 1) :], columns=["operation", "time"])  # not the first call
         columns[f"{file} [ms]"] = 1000 * warm.groupby("operation")["time"].sum() / rounds
     table = pd.DataFrame(columns).fillna(0).sort_values("f32 [ms]", ascending=False)
     table.loc["all"] = table.sum()
-    return table.reset_index()
+    return table[(table > 0).any(axis=1)].reset_index()
 
 
 def plot_growth(table: pd.DataFrame, file: Path) -> None:

@@ -73,15 +73,9 @@ def _results(configuration: Path) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def root(quickstart_root: Path) -> Path:
-    """Folder of the images, the same for all runs of this module."""
-    return quickstart_root
-
-
-@pytest.fixture(scope="module")
-def serial(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+def serial(tmp_path_factory: pytest.TempPathFactory, quickstart_root: Path) -> Path:
     """Configuration of a finished benchmark of all models, one job at a time."""
-    configuration = _configuration(tmp_path_factory.mktemp("serial"), root, list(MODELS), reported=True)
+    configuration = _configuration(tmp_path_factory.mktemp("serial"), quickstart_root, list(MODELS), reported=True)
     completed = _run(configuration)
     assert completed.returncode == 1, completed.stdout + completed.stderr  # one job is broken
     assert "5 done, 0 running, 0 left" in completed.stdout
@@ -157,8 +151,8 @@ def _works_in(folder: Path) -> bool:
     return False
 
 
-def test_killed_and_continued_by_two_workers(serial: Path, root: Path, tmp_path: Path) -> None:
-    configuration = _configuration(tmp_path, root, ["DHKD", "PaDiM", "Stfpm"])
+def test_killed_and_continued_by_two_workers(serial: Path, quickstart_root: Path, tmp_path: Path) -> None:
+    configuration = _configuration(tmp_path, quickstart_root, ["DHKD", "PaDiM", "Stfpm"])
     results = tmp_path / "results"
     process = subprocess.Popen(
         _command(configuration), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
@@ -184,8 +178,36 @@ def test_killed_and_continued_by_two_workers(serial: Path, root: Path, tmp_path:
     pd.testing.assert_frame_equal(_results(configuration)[metrics], _results(serial).loc[models, metrics])
 
 
-def test_interrupt_keeps_what_is_finished(root: Path, tmp_path: Path) -> None:
-    configuration = _configuration(tmp_path, root, ["PaDiM", "Stfpm"])
+def test_dask_workers_give_the_same(serial: Path, quickstart_root: Path, tmp_path: Path) -> None:
+    """With the commands that the README names."""
+    pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
+    file = tmp_path / "scheduler.json"
+    dask = [sys.executable, "-m", "dask"]
+    common = ["--scheduler-file", str(file), "--no-dashboard"]
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str) -> None:
+            process = stack.enter_context(subprocess.Popen([*dask, *arguments, *common], cwd=tmp_path))
+            stack.callback(process.terminate)
+
+        start("scheduler", "--host", "127.0.0.1", "--port", "0")
+        deadline = time.monotonic() + 60
+        while not file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for _ in range(2):
+            start("worker", "--nthreads", "1", "--no-nanny")
+        configuration = _configuration(
+            tmp_path, quickstart_root, ["DHKD", "PaDiM"], scheduler=json.loads(file.read_text())["address"]
+        )
+        completed = _run(configuration)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    metrics = list(METRICS)
+    pd.testing.assert_frame_equal(_results(configuration)[metrics], _results(serial).loc[["DHKD", "PaDiM"], metrics])
+
+
+def test_interrupt_keeps_what_is_finished(quickstart_root: Path, tmp_path: Path) -> None:
+    configuration = _configuration(tmp_path, quickstart_root, ["PaDiM", "Stfpm"])
     process = subprocess.Popen(_command(configuration), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     while len(list(tmp_path.glob("results/jobs/*/job.yaml"))) < 2:
         time.sleep(0.1)
@@ -254,18 +276,20 @@ def test_report_in_a_browser(serial: Path) -> None:
         ({"workers": 0}, "workers must be at least 1, got 0"),
     ],
 )
-def test_wrong_configuration_is_refused(changes: dict[str, Any], message: str, root: Path, tmp_path: Path) -> None:
-    completed = _run(_configuration(tmp_path, root, ["PaDiM"], **changes))
+def test_wrong_configuration_is_refused(
+    changes: dict[str, Any], message: str, quickstart_root: Path, tmp_path: Path
+) -> None:
+    completed = _run(_configuration(tmp_path, quickstart_root, ["PaDiM"], **changes))
     assert completed.returncode != 0
     assert message in " ".join(completed.stderr.split())
     assert not (tmp_path / "results").exists()
 
 
-def test_wrong_argument_of_a_model_is_found_before_the_first_job(root: Path, tmp_path: Path) -> None:
-    configuration = _configuration(tmp_path, root, ["PaDiM", "Stfpm"])
+def test_wrong_argument_of_a_model_is_found_before_the_first_job(quickstart_root: Path, tmp_path: Path) -> None:
+    configuration = _configuration(tmp_path, quickstart_root, ["PaDiM", "Stfpm"])
     settings = yaml.safe_load(configuration.read_text())
     model = settings["benchmark"]["model"]["grid"][1]
-    for entry, message in ((model["init_args"], "layer"), (model, "model must have some of")):
+    for entry, message in ((model["init_args"], "Key 'layer' is not expected"), (model, "model must have some of")):
         entry["layer"] = "blocks.2"
         configuration.write_text(yaml.safe_dump(settings))
         completed = _run(configuration)
