@@ -67,7 +67,7 @@ class AnomalyMapGenerator(nn.Module):
         elif self.image_score == "max":
             score = values.amax(dim=1, keepdim=True)
         else:
-            score = values.topk(max(1, values.shape[1] // 200), dim=1, sorted=False).values.mean(dim=1, keepdim=True)
+            score = values.topk(max(1, values.shape[1] // 200), dim=1).values.mean(dim=1, keepdim=True)
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=score)
 
     def fit(self, distances: list[list[torch.Tensor]]) -> None:

@@ -10,9 +10,12 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 
 from anomalib_dhkd import Dhkd
+from anomalib_dhkd.benchmark.jobs import TrainingJobGenerator
+from anomalib_dhkd.benchmark.work import parse
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+BENCHMARKS = [path for path in sorted((REPOSITORY / "configs" / "benchmark").glob("*.yaml")) if path.stem != "speed"]
 
 
 def test_there_are_configs() -> None:
@@ -40,3 +43,14 @@ def test_dhkd_yaml_lists_all_defaults() -> None:
     defaults = {name: p.default for name, p in inspect.signature(Dhkd.__init__).parameters.items() if name != "self"}
     defaults["layers"] = list(defaults["layers"])
     assert written == defaults
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_jobs_of_a_benchmark_parse(path: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    jobs = list(TrainingJobGenerator(tmp_path, "cpu")(config["benchmark"]))
+    names = [model["name"] for model in config["benchmark"]["model"]["grid"]]
+    assert {job.settings["model"]["name"] for job in jobs} == set(names)
+    assert len({job.folder for job in jobs}) == len(jobs) >= 3 * len(names)
+    for job in jobs[: len(names)]:
+        parse(job.settings)
