@@ -87,7 +87,7 @@ def quality(results: pd.DataFrame, metric: str, with_reported: bool) -> pd.DataF
         table = table + " ± " + groups.std().map("{:.2f}".format)
     if with_reported and metric in LEVELS:
         table = pd.concat([table, reported(metric, list(seeds.columns[:-1])).map("{:.2f}".format)])
-    return table.fillna("").replace("nan", "").rename_axis("model").reset_index()
+    return table.fillna("").replace("nan", "").rename_axis(index="model", columns=None).reset_index()
 
 
 def differences(trainings: pd.DataFrame) -> pd.DataFrame:
@@ -134,7 +134,7 @@ def tables(trainings: pd.DataFrame, latencies: pd.DataFrame, with_reported: bool
         )
     found["What differs between the models"] = differences(trainings)
     surroundings = [value for value in trainings.get("environment", []) if isinstance(value, dict)]
-    found["Where it was measured"] = pd.DataFrame(surroundings).drop_duplicates().T.reset_index()
+    found["Where it was measured"] = pd.DataFrame(surroundings).drop_duplicates().T.rename_axis("").reset_index()
     errors = [
         {"job": row["title"], "error": row["error"]}
         for table in (trainings, latencies)
