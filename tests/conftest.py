@@ -17,8 +17,14 @@ from anomalib_dhkd import Dhkd, Quickstart
 
 REPOSITORY = Path(__file__).parents[1]
 
-SMALL = {"flow_steps": 2, "flow_channels": 8, "student_blocks": 1, "student_channels": 8}
-"""Arguments of a network that trains in a moment; everything is switched on."""
+SMALL = {
+    "flow_steps": 2,
+    "flow_channels": 8,
+    "student_blocks": 1,
+    "student_channels": 8,
+    "frequency_branch": True,
+}
+"""Arguments of a network that trains in a moment; every part of teacher and student is on."""
 
 
 def anomalib(folder: Path, *arguments: str) -> str:
@@ -74,6 +80,6 @@ def trained(quickstart_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     torch.manual_seed(0)
     datamodule = Quickstart(root=quickstart_root, num_train=8, num_test=2, train_batch_size=4, num_workers=0)
     engine = Engine(default_root_dir=tmp_path_factory.mktemp("results"), enable_progress_bar=False)
-    model = Dhkd(**SMALL, train_steps=20)
+    model = Dhkd(**SMALL, likelihood=True, train_steps=20)
     engine.fit(model=model, datamodule=datamodule)
     return engine, model, datamodule

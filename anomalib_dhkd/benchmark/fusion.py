@@ -45,7 +45,7 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
             for the test images their ``labels``, of shape ``(N,)``, and ``masks``, of shape ``(N, H, W)``.
     """
     seed_everything(seed, workers=True)
-    model: Any = Dhkd(layers=LAYERS, likelihood=False, **arguments)
+    model: Any = Dhkd(layers=LAYERS, **arguments)
     Engine(default_root_dir=results_dir, enable_progress_bar=False).fit(model, datamodule)
     model.eval()
     transform = model.pre_processor.transform

@@ -216,6 +216,11 @@ class ProgressRunner(Runner):
             for worker in range(workers):
                 self.devices.put(worker % devices)
 
+    def _submit(self, job: BenchmarkJob) -> Future:
+        if self.devices is None:
+            return self.executor.submit(job.run)
+        return self.executor.submit(self._run_on_free_device, job, self.devices)
+
     @staticmethod
     def _run_on_free_device(job: BenchmarkJob, devices: SimpleQueue[int]) -> dict[str, Any]:
         device = devices.get()
@@ -235,10 +240,7 @@ class ProgressRunner(Runner):
             pd.DataFrame: One row for each job, in the order of the jobs, with ``title``, ``settings`` and ``folder``.
         """
         jobs: list[Any] = list(self.generator(args, prev_stage_results))
-        run: tuple[Any, ...] = (BenchmarkJob.run,) if self.devices is None else (self._run_on_free_device, self.devices)
-        futures: dict[Future, BenchmarkJob] = {
-            self.executor.submit(run[0], job, *run[1:]): job for job in jobs if not job.finished
-        }
+        futures: dict[Future, BenchmarkJob] = {self._submit(job): job for job in jobs if not job.finished}
         results = {job.folder: job.run() for job in jobs if job.finished}
         with Progress(
             TextColumn("{task.description}"),

@@ -9,6 +9,7 @@ in one process, so that what else runs on the machine hits all of them alike.
 """
 
 import copy
+import hashlib
 import json
 import logging
 import re
@@ -55,6 +56,7 @@ def train(
     *,
     image_size: int = 256,
     images: int | None = None,
+    seed: int = 0,
     max_minutes: float | None = None,
     export: bool = True,
     **arguments: Any,
@@ -67,6 +69,7 @@ def train(
         results_dir (Path): Folder for checkpoints and exported models.
         image_size (int): Height and width of the images. Defaults to ``256``.
         images (int | None): Number of training images, repeated where there are fewer. Defaults to all.
+        seed (int): Seed of all random numbers. Defaults to ``0``.
         max_minutes (float | None): Time after which training stops unfinished. Defaults to ``None``.
         export (bool): Whether to export to OpenVINO, in f32 and in INT8. Defaults to ``True``.
         **arguments: Further arguments of the model.
@@ -74,7 +77,7 @@ def train(
     Returns:
         dict[str, Any]: Seconds of ``fit``, epochs, whether it ended by itself, and the process' peak memory in GiB.
     """
-    seed_everything(0, workers=True)
+    seed_everything(seed, workers=True)
     model = create(name, image_size, **arguments)
     if images is not None:
         datamodule.prepare_data()
@@ -124,11 +127,23 @@ def peak_memory() -> float:
     return int(kibibytes) / 1024**2
 
 
-def train_once(file: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Call :func:`train` in a process of its own and keep what it returns in a file, which a later call reads."""
+def train_once(name: str, datamodule: AnomalibDataModule, results_dir: Path, **arguments: Any) -> dict[str, Any]:
+    """Call :func:`train` in a process of its own, unless a call with the same model and arguments has ended before.
+
+    Args:
+        name (str): Name of a model.
+        datamodule (AnomalibDataModule): Data, the same in all calls with one folder.
+        results_dir (Path): Folder for what :func:`train` writes and returns.
+        **arguments: Further arguments of :func:`train`.
+
+    Returns:
+        dict[str, Any]: What :func:`train` returned.
+    """
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+    file = results_dir / "trainings" / f"{name}-{digest[:8]}.json"
     if not file.exists():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            row = pool.submit(train, *args, **kwargs).result()
+            row = pool.submit(train, name, datamodule, results_dir, **arguments).result()
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(row))
     return json.loads(file.read_text())
@@ -252,12 +267,14 @@ def compare_inference(
             sizes[name, way] = path.stat().st_size + path.with_suffix(".bin").stat().st_size
     latencies: dict[Any, float] = {}
     throughputs: dict[Any, float] = {}
-    for way in dict.fromkeys(way for _, way in latency):
-        # Way by way, because PyTorch's idle threads keep spinning and would slow down OpenVINO's.
+    for library in ("torch", "OpenVINO"):
+        # One after the other, because PyTorch's idle threads keep spinning and would slow down OpenVINO's.
         time.sleep(1)
-        latencies |= median_latencies({key: call for key, call in latency.items() if key[1] == way}, rounds)
+        latencies |= median_latencies(
+            {key: call for key, call in latency.items() if key[1].startswith(library)}, rounds
+        )
         throughputs |= median_latencies(
-            {key: call for key, call in throughput.items() if key[1] == way}, max(1, rounds // batch_size)
+            {key: call for key, call in throughput.items() if key[1].startswith(library)}, max(1, rounds // batch_size)
         )
     table = pd.DataFrame(
         {
@@ -287,19 +304,24 @@ def profile(folder: Path, image_size: int, rounds: int) -> pd.DataFrame:
     """
     core = ov.Core()
     image = np.random.default_rng(0).random((1, 3, image_size, image_size), dtype=np.float32)
-    columns = {}
+    options = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    requests = {}
     for file in ("f32", "int8"):
         exported = core.read_model(folder / f"{file}.xml")
         exported.reshape(list(image.shape))
-        options = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        request = core.compile_model(exported, "CPU", options).create_infer_request()
-        infos = []
-        for _ in range(rounds + 1):
-            request.infer([image])
-            infos += [(info.node_type, info.real_time.total_seconds()) for info in request.get_profiling_info()]
-        warm = pd.DataFrame(infos[len(infos) // (rounds + 1) :], columns=["operation", "time"])  # not the first call
-        columns[f"{file} [ms]"] = 1000 * warm.groupby("operation")["time"].sum() / rounds
-    table = pd.DataFrame(columns).fillna(0).sort_values("f32 [ms]", ascending=False)
+        requests[file] = core.compile_model(exported, "CPU", options).create_infer_request()
+        requests[file].infer([image])  # the first call is slow
+    rows = []
+    for _, (file, request) in product(range(rounds), requests.items()):
+        request.infer([image])
+        rows += [
+            (f"{file} [ms]", info.node_type, 1000 * info.real_time.total_seconds() / rounds)
+            for info in request.get_profiling_info()
+        ]
+    times = pd.DataFrame(rows, columns=["file", "operation", "time"])
+    table = times.pivot_table("time", "operation", "file", aggfunc="sum", fill_value=0).sort_values(
+        "f32 [ms]", ascending=False
+    )
     table.loc["all"] = table.sum()
     return table[(table > 0).any(axis=1)].reset_index()
 
@@ -341,29 +363,29 @@ def main(
 
     Args:
         data: Training and test images.
-        models: Names of models.
+        models: Names of models; the time of the first in OpenVINO is shown by operation, too.
         image_size: Height and width of the images.
-        repeats: How often each model is trained.
+        repeats: How often each model is trained, with seeds from 0.
         max_minutes: Time after which a training stops unfinished.
         rounds: How often each model's latency is measured.
         images: Numbers of training images to show the growth over; none for no growth.
         image_sizes: Heights and widths to show the growth over.
         dhkd: Arguments of DHKD, where they aren't the defaults.
-        results_dir: Folder for tables, picture, checkpoints and exported models.
+        results_dir: Folder for tables, picture, checkpoints and exported models of these data.
     """
     results_dir.mkdir(parents=True, exist_ok=True)
     arguments = {name: dhkd or {} if name == "Dhkd" else {} for name in models}
     rows = [
         train_once(
-            results_dir / "trainings" / f"{name}_{repeat}.json",
             name,
             data,
             results_dir,
             image_size=image_size,
+            seed=seed,
             max_minutes=max_minutes,
             **arguments[name],
         )
-        for repeat, name in product(range(repeats), models)
+        for seed, name in product(range(repeats), models)
     ]
     training = pd.DataFrame(rows)
     training.to_csv(results_dir / "training.csv", index=False)
@@ -389,18 +411,16 @@ def main(
     inference = inference.rename(columns={"times first": "times backbone"})
     inference.to_csv(results_dir / "inference.csv", index=False)
     print(inference.to_markdown(index=False, floatfmt=".3g"))  # noqa: T201
-    for name in ("Backbone", "Dhkd") if "Dhkd" in folders else ("Backbone",):
-        operations = profile(folders[name], image_size, rounds)
-        operations.to_csv(results_dir / f"profile_{name}.csv", index=False)
-        print(f"{name}\n\n{operations.to_markdown(index=False, floatfmt='.3g')}")  # noqa: T201
+    operations = profile(folders[models[0]], image_size, rounds)
+    operations.to_csv(results_dir / "profile.csv", index=False)
+    print(operations.to_markdown(index=False, floatfmt=".3g"))  # noqa: T201
 
     if images:
         jobs = [("images", {"images": count, "image_size": image_size}) for count in images]
         jobs += [("pixels", {"image_size": size}) for size in image_sizes]
         rows = []
         for by, job in jobs:
-            file = results_dir / "trainings" / f"{'_'.join(map(str, job.values()))}_{by}.json"
-            row = train_once(file, "Dhkd", data, results_dir, export=False, **job, **(dhkd or {}))
+            row = train_once("Dhkd", data, results_dir, export=False, **job, **(dhkd or {}))
             rows.append({"by": by} | row)
         growth = pd.DataFrame(rows)
         growth.to_csv(results_dir / "growth.csv", index=False)

@@ -64,7 +64,7 @@ def test_speed(quickstart: Quickstart, tmp_path: Path) -> None:
     }
     assert (inference[["latency [ms]", "images/s", "size [MB]"]] > 0).all(axis=None)
     assert (inference.loc[inference["model"] == "Backbone", "times backbone"] == 1).all()
-    operations = pd.read_csv(tmp_path / "profile_Dhkd.csv").set_index("operation")
+    operations = pd.read_csv(tmp_path / "profile.csv").set_index("operation")
     assert {"Convolution", "MatMul", "all"} <= set(operations.index)
     assert operations.loc["all", "f32 [ms]"] > operations.loc["Convolution", "f32 [ms]"] > 0
     assert list(growth["images"]) == [8, 20, 8, 8]

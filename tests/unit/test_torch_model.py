@@ -20,7 +20,6 @@ ARGUMENTS = {
     "pre_trained": True,
     "weights": None,
     "positional_channels": 8,
-    "frequency_branch": True,
     "noise_std": 0.5,
     "noise_coverage": 0.5,
     "likelihood": True,
