@@ -9,32 +9,35 @@ from torch.nn import functional as F  # noqa: N812
 
 
 class AnomalyMapGenerator(nn.Module):
-    r"""Calibrate each distance map on training statistics, then average them in the log domain.
+    r"""Calibrate maps on training statistics, then average them in the log domain.
 
     Distances of different scales differ in size, and a scale's anomalies differ by orders of magnitude; summed raw, the
     scale with the largest energy drowns the others. With :math:`d_k` the :math:`k`-th of :math:`K` distance maps and
     :math:`\mu_k`, :math:`\sigma_k` the mean and standard deviation of :math:`\log d_k` over the training images, the
-    result is
+    anomaly map is
 
     .. math::
         m = \frac{1}{K} \sum_k \operatorname{upsample}\left(\frac{\log d_k - \mu_k}{\sigma_k}\right) .
 
-    Maps are averaged, and image scores read off, at the resolution of the first, finest one; only the result is
-    enlarged to the image. The rule was chosen by measurement, see ``docs/scores.md``.
+    The image score is read off the mean of these maps and further ones, the votes. Maps are averaged, and image scores
+    read off, at the resolution of the first, finest one; only the result is enlarged to the image. The rule was chosen
+    by measurement, see ``docs/scores.md``.
 
     Args:
-        count (int): Number of distance maps.
+        scales (int): Number of distance maps.
+        votes (int): Number of further maps, which vote on the image score alone.
         calibration (bool): With ``False`` the map is the plain mean of the distances.
-        image_score (str): ``"mean"`` or ``"max"`` of the map, or ``"topk"``, the mean of the highest half per cent
-            of its positions.
+        image_score (str): ``"mean"`` or ``"max"`` of the averaged maps, or ``"topk"``, the mean of the highest half per
+            cent of their positions.
     """
 
-    def __init__(self, count: int, calibration: bool, image_score: str) -> None:
+    def __init__(self, scales: int, votes: int, calibration: bool, image_score: str) -> None:
         super().__init__()
+        self.scales = scales
         self.calibration = calibration
         self.image_score = image_score
-        self.register_buffer("log_mean", torch.zeros(count))
-        self.register_buffer("log_std", torch.ones(count))
+        self.register_buffer("log_mean", torch.zeros(scales + votes))
+        self.register_buffer("log_std", torch.ones(scales + votes))
         self.log_mean: torch.Tensor
         self.log_std: torch.Tensor
 
@@ -42,7 +45,8 @@ class AnomalyMapGenerator(nn.Module):
         """Fuse the maps.
 
         Args:
-            distances (list[torch.Tensor]): Maps of positive values, each of shape ``(B, 1, h, w)``, finest first.
+            distances (list[torch.Tensor]): Maps of positive values, each of shape ``(B, 1, h, w)``: those of the
+                scales, finest first, then the votes.
             image_size (tuple[int, int]): Height and width of the result.
 
         Returns:
@@ -54,14 +58,9 @@ class AnomalyMapGenerator(nn.Module):
                 for index, distance in enumerate(distances)
             ]
         height, width = distances[0].shape[-2:]
-        by_size: dict[torch.Size, list[torch.Tensor]] = {}
-        for distance in distances:
-            by_size.setdefault(distance.shape[-2:], []).append(distance)
-        # Interpolation is linear: maps of one size are added first and enlarged together.
-        sums = [torch.stack(maps).sum(dim=0) for maps in by_size.values()]
-        fused = torch.stack([resize(maps, height, width) for maps in sums]).sum(dim=0) / len(distances)
-        anomaly_map = resize(fused, *image_size)
-        values = fused.flatten(1)
+        maps = [resize(distance, height, width) for distance in distances]
+        anomaly_map = resize(torch.stack(maps[: self.scales]).mean(dim=0), *image_size)
+        values = torch.stack(maps).mean(dim=0).flatten(1)
         if self.image_score == "mean":
             score = values.mean(dim=1, keepdim=True)
         elif self.image_score == "max":

@@ -90,9 +90,9 @@ class Dhkd(AnomalibModule):
             Defaults to ``0.3``.
         affinity_weight (float): Weight of the teacher-student affinity loss; 0 switches it off.
             Defaults to ``1.0``.
-        likelihood (bool): Average the distances of teacher and student with the teacher's likelihood at the coarsest
-            scale; without flow or student there is nothing to average.
-            Defaults to ``False``, by measurement likewise.
+        likelihood (bool): Let the teacher's likelihood at the coarsest scale vote on the image score, beside the
+            distances of teacher and student; without flow or student there is nothing to vote on.
+            Defaults to ``True``.
         calibration (bool): Calibrate scales and votes on training statistics before averaging them.
             Defaults to ``True``.
         image_score (str): How the image score is read off the anomaly map: ``"mean"``, ``"max"`` or ``"topk"``, the
@@ -137,7 +137,7 @@ class Dhkd(AnomalibModule):
         noise_std: float = 0.2,
         noise_coverage: float = 0.3,
         affinity_weight: float = 1.0,
-        likelihood: bool = False,
+        likelihood: bool = True,
         calibration: bool = True,
         image_score: Literal["mean", "max", "topk"] = "topk",
         train_steps: int = 400,

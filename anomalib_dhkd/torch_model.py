@@ -40,8 +40,8 @@ class DhkdModel(nn.Module):
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
         noise_coverage (float): Expected share of positions with noise.
-        likelihood (bool): Whether the teacher's likelihood at the coarsest scale votes beside the distances of teacher
-            and student. Without a teacher or a student it can't.
+        likelihood (bool): Whether the teacher's likelihood at the coarsest scale votes on the image score, beside the
+            distances of teacher and student. Without a teacher or a student it can't.
         calibration (bool): Whether the votes are calibrated on training statistics before fusion.
         image_score (str): See :class:`~anomalib_dhkd.anomaly_map.AnomalyMapGenerator`.
     """
@@ -93,7 +93,7 @@ class DhkdModel(nn.Module):
             else None
         )
         self.likelihood = likelihood and self.teachers is not None and self.students is not None
-        self.anomaly_map_generator = AnomalyMapGenerator(len(channels) + self.likelihood, calibration, image_score)
+        self.anomaly_map_generator = AnomalyMapGenerator(len(channels), int(self.likelihood), calibration, image_score)
         self.to(memory_format=torch.channels_last)
 
     def _conditions(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -153,7 +153,7 @@ class DhkdModel(nn.Module):
 
         That is the squared difference of teacher and student, and at the coarsest scale also the teacher's negative
         log-likelihood :math:`\tfrac{1}{2} \lVert z \rVert^2`, up to a factor and the log-determinant. The likelihood
-        of finer scales was measured too, and makes maps worse where parts turn.
+        of finer scales was measured too, and makes scores worse where parts turn.
 
         Args:
             latents (list[torch.Tensor]): Responses of the teacher.

@@ -80,6 +80,6 @@ def trained(quickstart_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     torch.manual_seed(0)
     datamodule = Quickstart(root=quickstart_root, num_train=8, num_test=2, train_batch_size=4, num_workers=0)
     engine = Engine(default_root_dir=tmp_path_factory.mktemp("results"), enable_progress_bar=False)
-    model = Dhkd(**SMALL, likelihood=True, train_steps=20)
+    model = Dhkd(**SMALL, train_steps=20)
     engine.fit(model=model, datamodule=datamodule)
     return engine, model, datamodule

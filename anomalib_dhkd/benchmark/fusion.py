@@ -143,7 +143,7 @@ def false_alarms(measured: dict[str, Any], rates: Sequence[float]) -> pd.DataFra
     For comparison the thresholds of the images that were trained on, which are too low.
     """
     maps = {split: [measured[split][index] for index in (0, 1, 4)] for split in ("train", "held_out", "test")}
-    generator = AnomalyMapGenerator(len(maps["train"]), calibration=True, image_score="topk")
+    generator = AnomalyMapGenerator(2, votes=1, calibration=True, image_score="topk")
     generator.fit([maps["train"]])
     scores = {split: generator(values, (256, 256)).pred_score.flatten() for split, values in maps.items()}
     good = scores["test"][measured["labels"] == 0]

@@ -82,17 +82,18 @@ def test_without_student_the_map_is_the_teachers() -> None:
     torch.testing.assert_close(model(images).anomaly_map, model.anomaly_map_generator(maps, (64, 64)).anomaly_map)
 
 
-def test_the_likelihood_votes_beside_the_distance() -> None:
-    model = _model(calibration=False).eval()
+def test_the_likelihood_votes_on_the_image_score_alone() -> None:
+    model = _model(calibration=False, image_score="mean").eval()
     latents, predictions = model.respond(model.features(torch.rand(2, 3, 64, 64)))
-    votes = [(t - s).square().mean(dim=1, keepdim=True) for t, s in zip(latents, predictions, strict=True)]
-    second = latents[-1].square().mean(dim=1, keepdim=True)
-    for likelihood, expected in ((True, [*votes, second]), (False, votes)):
-        model.likelihood = likelihood
-        torch.testing.assert_close(model.distances(latents, predictions), expected)
-        resized = [F.interpolate(vote, size=expected[0].shape[-2:], mode="bilinear") for vote in expected]
-        whole = F.interpolate(sum(resized) / len(resized), size=(64, 64), mode="bilinear")
-        torch.testing.assert_close(model.score(latents, predictions, (64, 64)).anomaly_map, whole)
+    maps = [(t - s).square().mean(dim=1, keepdim=True) for t, s in zip(latents, predictions, strict=True)]
+    vote = latents[-1].square().mean(dim=1, keepdim=True)
+    torch.testing.assert_close(model.distances(latents, predictions), [*maps, vote])
+    fine, coarse, likelihood = (F.interpolate(d, size=maps[0].shape[-2:], mode="bilinear") for d in (*maps, vote))
+    output = model.score(latents, predictions, (64, 64))
+    whole = F.interpolate((fine + coarse) / 2, size=(64, 64), mode="bilinear")
+    torch.testing.assert_close(output.anomaly_map, whole)
+    expected = ((fine + coarse + likelihood) / 3).mean(dim=(2, 3))
+    torch.testing.assert_close(output.pred_score, expected)
 
 
 @pytest.mark.parametrize("switch", [{"likelihood": False}, {"student_blocks": 0}, {"flow_steps": 0}])
@@ -135,7 +136,6 @@ def test_map_is_low_where_the_student_is_right() -> None:
     model = _model().eval()
     images = torch.rand(2, 3, 64, 64)
     latents, predictions = model.respond(model.features(images))
-    # The teacher's likelihood, the other part of the score, is the same for both.
     perfect = model.score(latents, latents, (64, 64)).anomaly_map
     assert perfect.isfinite().all()
     assert (perfect < model.score(latents, predictions, (64, 64)).anomaly_map).all()
