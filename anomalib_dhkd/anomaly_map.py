@@ -2,6 +2,8 @@
 
 """Fusion of distance maps into one anomaly map and one image score."""
 
+from collections.abc import Iterable
+
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
@@ -69,16 +71,25 @@ class AnomalyMapGenerator(nn.Module):
             score = values.topk(max(1, values.shape[1] // 200), dim=1).values.mean(dim=1, keepdim=True)
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=score)
 
-    def fit(self, distances: list[list[torch.Tensor]]) -> None:
+    def fit(self, distances: Iterable[list[torch.Tensor]]) -> None:
         """Take the statistics of the maps.
 
         Args:
-            distances (list[list[torch.Tensor]]): Distance maps of the training images, a list a batch.
+            distances (Iterable[list[torch.Tensor]]): Maps of the training images as in :meth:`forward`, a list a batch;
+                they are used one after the other, so that many images take no more memory than few.
         """
-        for index, maps in enumerate(zip(*distances, strict=True)):
-            logs = _log(torch.cat(maps))
-            self.log_mean[index] = logs.mean()
-            self.log_std[index] = logs.std(correction=0).clamp_min(1e-6)  # 0 if all distances are the same
+        # In double precision: the variance is a difference of large sums.
+        count = 0
+        sums = torch.zeros(2, len(self.log_mean), dtype=torch.float64)
+        for maps in distances:
+            count += len(maps[0])
+            for index, distance in enumerate(maps):
+                logs = _log(distance.cpu().double())
+                moments = torch.cat([logs, logs.square()], dim=1).mean(dim=(2, 3))
+                sums[:, index] += moments.sum(dim=0)
+        mean, square = sums / count
+        self.log_mean.copy_(mean)
+        self.log_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())  # 0 if all distances are the same
 
 
 def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -207,5 +207,5 @@ class DhkdModel(nn.Module):
         """
         training = self.training
         self.eval()
-        self.anomaly_map_generator.fit([self.distances(*self.respond(features)) for features in batches])
+        self.anomaly_map_generator.fit(self.distances(*self.respond(features)) for features in batches)
         self.train(training)
