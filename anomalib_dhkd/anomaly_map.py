@@ -2,7 +2,7 @@
 
 """Fusion of distance maps into one anomaly map and one image score."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from anomalib.data import InferenceBatch
@@ -14,32 +14,39 @@ class AnomalyMapGenerator(nn.Module):
     r"""Calibrate maps on training statistics, then average them in the log domain.
 
     Distances of different scales differ in size, and a scale's anomalies differ by orders of magnitude; summed raw, the
-    scale with the largest energy drowns the others. With :math:`d_k` the :math:`k`-th of :math:`K` distance maps and
-    :math:`\mu_k`, :math:`\sigma_k` the mean and standard deviation of :math:`\log d_k` over the training images, the
-    anomaly map is
+    scale with the largest energy drowns the others. With :math:`d_k` the :math:`k`-th distance map, :math:`w_k` its
+    weight, and :math:`\mu_k`, :math:`\sigma_k` the mean and standard deviation of :math:`\log d_k` over the training
+    images, the anomaly map is
 
     .. math::
-        m = \frac{1}{K} \sum_k \operatorname{upsample}\left(\frac{\log d_k - \mu_k}{\sigma_k}\right) .
+        m = \sum_k w_k \operatorname{upsample}\left(\frac{\log d_k - \mu_k}{\sigma_k}\right) .
 
-    The image score is read off the mean of these maps and further ones, the votes. Maps are averaged, and image scores
-    read off, at the resolution of the first, finest one; only the result is enlarged to the image. The rule was chosen
-    by measurement, see ``docs/scores.md``.
+    The image score is read off the same sum with weights of its own. Maps are summed, and image scores read off, at the
+    resolution of the first, finest one; only the result is enlarged to the image. The rule was chosen by measurement,
+    see ``docs/scores.md`` and ``docs/results.md``.
 
     Args:
-        scales (int): Number of distance maps.
-        votes (int): Number of further maps, which vote on the image score alone.
-        calibration (bool): With ``False`` the map is the plain mean of the distances.
-        image_score (str): ``"mean"`` or ``"max"`` of the averaged maps, or ``"topk"``, the mean of the highest half per
+        map_weights (Sequence[float]): Weight of each distance map in the anomaly map.
+        score_weights (Sequence[float]): Weight of each distance map in the image score.
+        calibration (bool): With ``False`` the maps are the plain weighted sums of the distances.
+        image_score (str): ``"mean"`` or ``"max"`` of the summed maps, or ``"topk"``, the mean of the highest half per
             cent of their positions.
     """
 
-    def __init__(self, scales: int, votes: int, calibration: bool, image_score: str) -> None:
+    def __init__(
+        self,
+        map_weights: Sequence[float],
+        score_weights: Sequence[float],
+        calibration: bool,
+        image_score: str,
+    ) -> None:
         super().__init__()
-        self.scales = scales
+        self.map_weights = tuple(map_weights)
+        self.score_weights = tuple(score_weights)
         self.calibration = calibration
         self.image_score = image_score
-        self.register_buffer("log_mean", torch.zeros(scales + votes))
-        self.register_buffer("log_std", torch.ones(scales + votes))
+        self.register_buffer("log_mean", torch.zeros(len(self.map_weights)))
+        self.register_buffer("log_std", torch.ones(len(self.map_weights)))
         self.log_mean: torch.Tensor
         self.log_std: torch.Tensor
 
@@ -47,8 +54,8 @@ class AnomalyMapGenerator(nn.Module):
         """Fuse the maps.
 
         Args:
-            distances (list[torch.Tensor]): Maps of positive values, each of shape ``(B, 1, h, w)``: those of the
-                scales, finest first, then the votes.
+            distances (list[torch.Tensor]): Maps of values of at least 0, each of shape ``(B, 1, h, w)``, a finest one
+                first.
             image_size (tuple[int, int]): Height and width of the result.
 
         Returns:
@@ -61,8 +68,8 @@ class AnomalyMapGenerator(nn.Module):
             ]
         height, width = distances[0].shape[-2:]
         maps = [resize(distance, height, width) for distance in distances]
-        anomaly_map = resize(torch.stack(maps[: self.scales]).mean(dim=0), *image_size)
-        values = torch.stack(maps).mean(dim=0).flatten(1)
+        anomaly_map = resize(_weighted_sum(maps, self.map_weights), *image_size)
+        values = _weighted_sum(maps, self.score_weights).flatten(1)
         if self.image_score == "mean":
             score = values.mean(dim=1, keepdim=True)
         elif self.image_score == "max":
@@ -74,22 +81,23 @@ class AnomalyMapGenerator(nn.Module):
     def fit(self, distances: Iterable[list[torch.Tensor]]) -> None:
         """Take the statistics of the maps.
 
+        Perfect matches are left out: those of the positions that are in the memory say nothing about new images.
+
         Args:
             distances (Iterable[list[torch.Tensor]]): Maps of the training images as in :meth:`forward`, a list a batch;
                 they are used one after the other, so that many images take no more memory than few.
         """
         # In double precision: the variance is a difference of large sums.
-        count = 0
-        sums = torch.zeros(2, len(self.log_mean), dtype=torch.float64)
+        sums = torch.zeros(3, len(self.log_mean), dtype=torch.float64)
         for maps in distances:
-            count += len(maps[0])
             for index, distance in enumerate(maps):
-                logs = _log(distance.cpu().double())
-                moments = torch.cat([logs, logs.square()], dim=1).mean(dim=(2, 3))
-                sums[:, index] += moments.sum(dim=0)
-        mean, square = sums / count
+                logs = _log(distance[distance > _PERFECT_MATCH].cpu().double())
+                sums[:, index] += torch.stack([torch.ones_like(logs), logs, logs.square()]).sum(dim=1)
+        count, *moments = sums
+        mean, square = (moment / count.clamp_min(1) for moment in moments)
+        variance = (square - mean.square()).clamp_min(0)
         self.log_mean.copy_(mean)
-        self.log_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())  # 0 if all distances are the same
+        self.log_std.copy_(torch.where(variance > 1e-9, variance, 1).sqrt())  # all the same, or none
 
 
 def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -114,6 +122,13 @@ def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return rows.mT @ maps @ columns
 
 
+def _weighted_sum(maps: list[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    return torch.stack([weight * part for part, weight in zip(maps, weights, strict=True) if weight]).sum(dim=0)
+
+
+_PERFECT_MATCH = 1e-4
+"""Distance below which two features are the same but for rounding, far below what training reaches otherwise."""
+
+
 def _log(distance: torch.Tensor) -> torch.Tensor:
-    # A perfect match has distance 0; the bound lies far below any that training reaches.
-    return distance.clamp_min(1e-6).log()
+    return distance.clamp_min(_PERFECT_MATCH).log()

@@ -90,9 +90,12 @@ class Dhkd(AnomalibModule):
             Defaults to ``0.3``.
         affinity_weight (float): Weight of the teacher-student affinity loss; 0 switches it off.
             Defaults to ``1.0``.
+        memory (int): Number of features of training positions to keep; the distance to the nearest is half of the
+            image score and the coarse part of the anomaly map. 0 switches it off.
+            Defaults to ``2048``.
         likelihood (bool): Let the teacher's likelihood at the coarsest scale vote on the image score, beside the
             distances of teacher and student; without flow or student there is nothing to vote on.
-            Defaults to ``True``.
+            Defaults to ``False``, by measurement, see ``docs/results.md``.
         calibration (bool): Calibrate scales and votes on training statistics before averaging them.
             Defaults to ``True``.
         image_score (str): How the image score is read off the anomaly map: ``"mean"``, ``"max"`` or ``"topk"``, the
@@ -137,7 +140,8 @@ class Dhkd(AnomalibModule):
         noise_std: float = 0.2,
         noise_coverage: float = 0.3,
         affinity_weight: float = 1.0,
-        likelihood: bool = True,
+        memory: int = 2048,
+        likelihood: bool = False,
         calibration: bool = True,
         image_score: Literal["mean", "max", "topk"] = "topk",
         train_steps: int = 400,
@@ -159,6 +163,7 @@ class Dhkd(AnomalibModule):
             ("noise_std", noise_std, "at least 0", noise_std >= 0),
             ("noise_coverage", noise_coverage, "above 0 and at most 1", 0 < noise_coverage <= 1),
             ("affinity_weight", affinity_weight, "at least 0", affinity_weight >= 0),
+            ("memory", memory, "at least 0", memory >= 0),
             ("image_score", image_score, "one of 'mean', 'max', 'topk'", image_score in {"mean", "max", "topk"}),
             ("train_steps", train_steps, "at least 2", train_steps >= 2),
             ("teacher_share", teacher_share, "above 0 and below 1", 0 < teacher_share < 1),
@@ -187,6 +192,7 @@ class Dhkd(AnomalibModule):
             frequency_branch=frequency_branch,
             noise_std=noise_std,
             noise_coverage=noise_coverage,
+            memory=memory,
             likelihood=likelihood,
             calibration=calibration,
             image_score=image_score,
@@ -412,9 +418,11 @@ class Dhkd(AnomalibModule):
         return {"loss": loss}
 
     def on_train_batch_end(self, *args, **kwargs) -> None:
-        """After the last step, calibrate the votes, so that validation and the checkpoint have them."""
+        """After the last step, fill the memory and calibrate, so that validation and the checkpoint have both."""
         del args, kwargs  # These variables are not used.
         if self.trainer.global_step >= self.total_steps:
+            if self.model.memory is not None:
+                self.model.memory.fit(map(self.model.features.standardise, self._training_features()))
             self.model.calibrate(map(self.model.features.standardise, self._training_features()))
             if self._validate_at_end:
                 self.trainer.check_val_every_n_epoch = 1
@@ -450,12 +458,13 @@ class Dhkd(AnomalibModule):
         del args, kwargs, batch_idx  # These variables are not used.
         image: Any = batch.image
         labels: Any = batch.gt_label
-        latents, predictions = self.model.respond(self.model.features(image))
+        features = self.model.features(image)
+        latents, predictions = self.model.respond(features)
         for shift, responses in ((self.teacher_shift, latents), (self.student_shift, predictions)):
             if shift is not None:
                 shift.update(responses, labels, batch.gt_mask)
         height, width = image.shape[-2:]
-        return batch.update(**self.model.score(latents, predictions, (height, width))._asdict())
+        return batch.update(**self.model.score(features, latents, predictions, (height, width))._asdict())
 
     def on_test_epoch_end(self) -> None:
         """Log the paper's objective: the teacher's response should move on anomalies, the student's should not."""

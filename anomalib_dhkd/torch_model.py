@@ -17,6 +17,7 @@ from torch import nn
 
 from .anomaly_map import AnomalyMapGenerator
 from .components.features import FeaturePyramid
+from .components.memory import FeatureMemory
 from .components.positional_encoding import sinusoidal_encoding
 from .components.student import DenoisingStudent, add_region_noise
 from .components.teacher import FlowTeacher
@@ -40,6 +41,8 @@ class DhkdModel(nn.Module):
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
         noise_coverage (float): Expected share of positions with noise.
+        memory (int): Features of training positions that are kept, and to which those of an image are compared; 0 for
+            none.
         likelihood (bool): Whether the teacher's likelihood at the coarsest scale votes on the image score, beside the
             distances of teacher and student. Without a teacher or a student it can't.
         calibration (bool): Whether the votes are calibrated on training statistics before fusion.
@@ -60,6 +63,7 @@ class DhkdModel(nn.Module):
         frequency_branch: bool,
         noise_std: float,
         noise_coverage: float,
+        memory: int,
         likelihood: bool,
         calibration: bool,
         image_score: str,
@@ -93,7 +97,9 @@ class DhkdModel(nn.Module):
             else None
         )
         self.likelihood = likelihood and self.teachers is not None and self.students is not None
-        self.anomaly_map_generator = AnomalyMapGenerator(len(channels), int(self.likelihood), calibration, image_score)
+        self.memory = FeatureMemory(sum(channels), memory) if memory else None
+        map_weights, score_weights = _weights(len(channels), self.likelihood, self.memory is not None)
+        self.anomaly_map_generator = AnomalyMapGenerator(map_weights, score_weights, calibration, image_score)
         self.to(memory_format=torch.channels_last)
 
     def _conditions(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -148,43 +154,53 @@ class DhkdModel(nn.Module):
             features = [add_region_noise(feature, self.noise_std, self.noise_coverage) for feature in features]
         return latents, [student(*inputs) for student, *inputs in zip(self.students, features, conditions, strict=True)]
 
-    def distances(self, latents: list[torch.Tensor], predictions: list[torch.Tensor]) -> list[torch.Tensor]:
+    def distances(
+        self,
+        features: list[torch.Tensor],
+        latents: list[torch.Tensor],
+        predictions: list[torch.Tensor],
+    ) -> list[torch.Tensor]:
         r"""Compute how anomalous each position of each scale is.
 
-        That is the squared difference of teacher and student, and at the coarsest scale also the teacher's negative
-        log-likelihood :math:`\tfrac{1}{2} \lVert z \rVert^2`, up to a factor and the log-determinant. The likelihood
-        of finer scales was measured too, and makes scores worse where parts turn.
+        That is the squared difference of teacher and student; with ``likelihood`` at the coarsest scale also the
+        teacher's negative log-likelihood :math:`\tfrac{1}{2} \lVert z \rVert^2`, up to a factor and the
+        log-determinant (that of finer scales was measured too, and makes scores worse where parts turn); with a memory
+        the squared distance to the nearest feature in it.
 
         Args:
-            latents (list[torch.Tensor]): Responses of the teacher.
-            predictions (list[torch.Tensor]): Responses of the student.
+            features (list[torch.Tensor]): Standardised features.
+            latents (list[torch.Tensor]): Responses of the teacher to them.
+            predictions (list[torch.Tensor]): Responses of the student to them.
 
         Returns:
-            list[torch.Tensor]: Means over channels, a map of shape ``(B, 1, h, w)`` a scale and, with
-                ``likelihood``, one more of the last scale.
+            list[torch.Tensor]: Means over channels, a map of shape ``(B, 1, h, w)`` a scale, and one more of the last
+                scale's shape for the likelihood and for the memory each.
         """
         differences = [teacher - student for teacher, student in zip(latents, predictions, strict=True)]
         votes = [*differences, latents[-1]] if self.likelihood else differences
-        return [vote.square().mean(dim=1, keepdim=True) for vote in votes]
+        distances = [vote.square().mean(dim=1, keepdim=True) for vote in votes]
+        return distances if self.memory is None else [*distances, self.memory(features)]
 
     def score(
         self,
+        features: list[torch.Tensor],
         latents: list[torch.Tensor],
         predictions: list[torch.Tensor],
         image_size: tuple[int, int],
     ) -> InferenceBatch:
-        """Turn the responses into an anomaly map and an image score.
+        """Turn features and the responses to them into an anomaly map and an image score.
 
         Args:
-            latents (list[torch.Tensor]): Responses of the teacher.
-            predictions (list[torch.Tensor]): Responses of the student.
+            features (list[torch.Tensor]): Standardised features.
+            latents (list[torch.Tensor]): Responses of the teacher to them.
+            predictions (list[torch.Tensor]): Responses of the student to them.
             image_size (tuple[int, int]): Height and width of the anomaly map.
 
         Returns:
             InferenceBatch: ``pred_score`` of shape ``(B, 1)`` and ``anomaly_map`` of shape ``(B, 1, H, W)``, both
                 unbounded, higher for more anomalous.
         """
-        return self.anomaly_map_generator(self.distances(latents, predictions), image_size)
+        return self.anomaly_map_generator(self.distances(features, latents, predictions), image_size)
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Detect anomalies.
@@ -196,7 +212,8 @@ class DhkdModel(nn.Module):
             InferenceBatch: See :meth:`score`.
         """
         height, width = images.shape[-2:]
-        return self.score(*self.respond(self.features(images)), (height, width))
+        features = self.features(images)
+        return self.score(features, *self.respond(features), (height, width))
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[list[torch.Tensor]]) -> None:
@@ -207,5 +224,19 @@ class DhkdModel(nn.Module):
         """
         training = self.training
         self.eval()
-        self.anomaly_map_generator.fit(self.distances(*self.respond(features)) for features in batches)
+        self.anomaly_map_generator.fit(self.distances(features, *self.respond(features)) for features in batches)
         self.train(training)
+
+
+def _weights(scales: int, likelihood: bool, memory: bool) -> tuple[list[float], list[float]]:
+    """Return the weight of each distance map in the anomaly map and in the image score.
+
+    The likelihood votes on the image score alone. The memory makes up half of the image score, and in the anomaly map
+    takes the place of the coarsest scale, on whose grid it is; chosen by measurement, see ``docs/results.md``.
+    """
+    votes = scales + likelihood
+    if not memory:
+        return [1 / scales] * scales + [0.0] * likelihood, [1 / votes] * votes
+    seen = max(1, scales - 1)
+    in_map = [1 / (seen + 1)] * seen + [0.0] * (votes - seen) + [1 / (seen + 1)]
+    return in_map, [0.5 / votes] * votes + [0.5]

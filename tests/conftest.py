@@ -23,8 +23,10 @@ SMALL = {
     "student_blocks": 1,
     "student_channels": 8,
     "frequency_branch": True,
+    "memory": 16,
+    "likelihood": True,
 }
-"""Arguments of a network that trains in a moment; every part of teacher and student is on."""
+"""Arguments of a network that trains in a moment; every part is on."""
 
 
 def anomalib(folder: Path, *arguments: str) -> str:

@@ -45,7 +45,7 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
             for the test images their ``labels``, of shape ``(N,)``, and ``masks``, of shape ``(N, H, W)``.
     """
     seed_everything(seed, workers=True)
-    model: Any = Dhkd(layers=LAYERS, **arguments)
+    model: Any = Dhkd(layers=LAYERS, memory=0, likelihood=False, **arguments)
     Engine(default_root_dir=results_dir, enable_progress_bar=False).fit(model, datamodule)
     model.eval()
     transform = model.pre_processor.transform
@@ -55,9 +55,10 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
     def measure(images: Any) -> list[torch.Tensor]:
         batches = []
         for batch in DataLoader(images, batch_size=16, collate_fn=test_data.collate_fn):
-            latents, predictions = model.model.respond(model.model.features(transform(batch.image)))
-            likelihoods = model.model.distances(latents, [torch.zeros_like(latent) for latent in latents])
-            batches.append(model.model.distances(latents, predictions) + likelihoods)
+            features = model.model.features(transform(batch.image))
+            latents, predictions = model.model.respond(features)
+            likelihoods = model.model.distances(features, latents, [torch.zeros_like(latent) for latent in latents])
+            batches.append(model.model.distances(features, latents, predictions) + likelihoods)
         return [torch.cat(maps) for maps in zip(*batches, strict=True)]
 
     test = list(test_data)
@@ -138,12 +139,12 @@ def compare(measured: dict[str, Any]) -> pd.DataFrame:
 
 
 def false_alarms(measured: dict[str, Any], rates: Sequence[float]) -> pd.DataFrame:
-    """Count the good test images above the thresholds of held-out images, with the model's default scoring.
+    """Count the good test images above the thresholds of held-out images, scored by two scales and the likelihood.
 
     For comparison the thresholds of the images that were trained on, which are too low.
     """
     maps = {split: [measured[split][index] for index in (0, 1, 4)] for split in ("train", "held_out", "test")}
-    generator = AnomalyMapGenerator(2, votes=1, calibration=True, image_score="topk")
+    generator = AnomalyMapGenerator([1 / 2, 1 / 2, 0], [1 / 3] * 3, calibration=True, image_score="topk")
     generator.fit([maps["train"]])
     scores = {split: generator(values, (256, 256)).pred_score.flatten() for split, values in maps.items()}
     good = scores["test"][measured["labels"] == 0]

@@ -33,6 +33,7 @@ from tests.conftest import SMALL
         ("noise_coverage", 0.0),
         ("noise_coverage", 1.5),
         ("affinity_weight", -1.0),
+        ("memory", -1),
         ("image_score", "median"),
         ("train_steps", 1),
         ("teacher_share", 0.0),

@@ -15,6 +15,7 @@ from anomalib_dhkd.torch_model import DhkdModel
 from tests.conftest import SMALL
 
 ARGUMENTS = {
+    **SMALL,
     "backbone": "efficientnet_lite0_bundled",
     "layers": ["blocks.2", "blocks.4"],
     "pre_trained": True,
@@ -22,10 +23,10 @@ ARGUMENTS = {
     "positional_channels": 8,
     "noise_std": 0.5,
     "noise_coverage": 0.5,
+    "memory": 0,
     "likelihood": True,
     "calibration": True,
     "image_score": "topk",
-    **SMALL,
 }
 
 
@@ -82,25 +83,43 @@ def test_without_student_the_map_is_the_teachers() -> None:
     torch.testing.assert_close(model(images).anomaly_map, model.anomaly_map_generator(maps, (64, 64)).anomaly_map)
 
 
-def test_the_likelihood_votes_on_the_image_score_alone() -> None:
-    model = _model(calibration=False, image_score="mean").eval()
-    latents, predictions = model.respond(model.features(torch.rand(2, 3, 64, 64)))
+@pytest.mark.parametrize("memory", [0, 8])
+def test_weights_of_likelihood_and_memory(memory: int) -> None:
+    model = _model(calibration=False, image_score="mean", memory=memory).eval()
+    features = model.features(torch.rand(2, 3, 64, 64))
+    latents, predictions = model.respond(features)
     maps = [(t - s).square().mean(dim=1, keepdim=True) for t, s in zip(latents, predictions, strict=True)]
-    vote = latents[-1].square().mean(dim=1, keepdim=True)
-    torch.testing.assert_close(model.distances(latents, predictions), [*maps, vote])
-    fine, coarse, likelihood = (F.interpolate(d, size=maps[0].shape[-2:], mode="bilinear") for d in (*maps, vote))
-    output = model.score(latents, predictions, (64, 64))
-    whole = F.interpolate((fine + coarse) / 2, size=(64, 64), mode="bilinear")
-    torch.testing.assert_close(output.anomaly_map, whole)
-    expected = ((fine + coarse + likelihood) / 3).mean(dim=(2, 3))
-    torch.testing.assert_close(output.pred_score, expected)
+    maps.append(latents[-1].square().mean(dim=1, keepdim=True))
+    if model.memory is not None:
+        maps.append(model.memory(features))
+    torch.testing.assert_close(model.distances(features, latents, predictions), maps)
+    fine, coarse, likelihood, *kept = (F.interpolate(d, size=maps[0].shape[-2:], mode="bilinear") for d in maps)
+    score = (fine + coarse + likelihood) / 3
+    if kept:
+        (coarse,) = kept  # in the anomaly map, the memory takes the place of the coarsest scale
+        score = (score + coarse) / 2
+    output = model.score(features, latents, predictions, (64, 64))
+    torch.testing.assert_close(
+        output.anomaly_map, F.interpolate((fine + coarse) / 2, size=(64, 64), mode="bilinear"), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(output.pred_score, score.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_one_scale_shares_the_map_with_the_memory() -> None:
+    model = _model(layers=["blocks.4"], likelihood=False, memory=8, calibration=False).eval()
+    images = torch.rand(2, 3, 64, 64)
+    features = model.features(images)
+    difference, kept = model.distances(features, *model.respond(features))
+    expected = F.interpolate((difference + kept) / 2, size=(64, 64), mode="bilinear")
+    torch.testing.assert_close(model(images).anomaly_map, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("switch", [{"likelihood": False}, {"student_blocks": 0}, {"flow_steps": 0}])
 def test_one_vote_a_scale_without_likelihood_student_or_flow(switch: dict[str, Any]) -> None:
     model = _model(**switch).eval()
     assert not model.likelihood
-    assert len(model.distances(*model.respond(model.features(torch.rand(1, 3, 64, 64))))) == 2
+    features = model.features(torch.rand(1, 3, 64, 64))
+    assert len(model.distances(features, *model.respond(features))) == 2
 
 
 def test_without_frequency_branch_no_transform_is_left() -> None:
@@ -135,7 +154,8 @@ def test_torch_compile_gives_the_same() -> None:
 def test_map_is_low_where_the_student_is_right() -> None:
     model = _model().eval()
     images = torch.rand(2, 3, 64, 64)
-    latents, predictions = model.respond(model.features(images))
-    perfect = model.score(latents, latents, (64, 64)).anomaly_map
+    features = model.features(images)
+    latents, predictions = model.respond(features)
+    perfect = model.score(features, latents, latents, (64, 64)).anomaly_map
     assert perfect.isfinite().all()
-    assert (perfect < model.score(latents, predictions, (64, 64)).anomaly_map).all()
+    assert (perfect < model.score(features, latents, predictions, (64, 64)).anomaly_map).all()
