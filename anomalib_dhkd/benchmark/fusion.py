@@ -37,7 +37,7 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
         datamodule (AnomalibDataModule): Images with a validation split of training images.
         seed (int): Seed of the training.
         results_dir (Path): Folder for the checkpoint.
-        **arguments: Arguments of the model.
+        **arguments: Arguments of the model, other than layers, memory and likelihood.
 
     Returns:
         dict[str, Any]: For ``train``, ``held_out`` and ``test``, the maps of shape ``(N, 1, h, w)``: the
