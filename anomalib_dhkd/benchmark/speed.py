@@ -221,7 +221,7 @@ def compare_inference(
     """Measure latency and throughput of networks in PyTorch and OpenVINO.
 
     Args:
-        networks (dict[str, nn.Module]): Networks by name; the first is the measure of the others.
+        networks (dict[str, nn.Module]): Networks by name; the first, where it can be run, is the measure of the others.
         folders (dict[str, Path]): Folders of their exported files; a file that is missing is left out.
         image_size (int): Height and width of the images.
         rounds (int): Number of timed calls of each.
@@ -288,7 +288,7 @@ def compare_inference(
             "model": name,
             "runs in": way,
             "latency [ms]": value,
-            "times first": value / latencies[next(iter(networks)), way],
+            "times first": value / latencies.get((next(iter(networks)), way), float("nan")),
             "images/s": 1000 * batch_size / throughputs[name, way],
             "size [MB]": sizes[name, way] / 1e6,
         }

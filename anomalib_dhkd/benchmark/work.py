@@ -256,7 +256,8 @@ def measure_inference(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name, trained in settings["models"].items():
         result = json.loads((Path(trained) / "result.json").read_text())
         networks[name], _ = create(yaml.safe_load((Path(trained) / "job.yaml").read_text()))
-        checkpoint = torch.load(result["checkpoint"], map_location="cpu", weights_only=True)
+        # The benchmark's own file; ReverseDistillation's hyper-parameters in it are more than weights.
+        checkpoint = torch.load(result["checkpoint"], map_location="cpu", weights_only=False)
         networks[name].load_state_dict(checkpoint["state_dict"])
         files[name] = Path(trained) / "weights" / "openvino"
     table = compare_inference(networks, files, settings["image_size"] or 256, settings["rounds"], ["OpenVINO f32"])
