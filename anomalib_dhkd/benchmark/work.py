@@ -29,6 +29,7 @@ from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models.components import AnomalibModule
+from anomalib.utils.serialization import anomalib_safe_globals
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import Timer
@@ -256,8 +257,8 @@ def measure_inference(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name, trained in settings["models"].items():
         result = json.loads((Path(trained) / "result.json").read_text())
         networks[name], _ = create(yaml.safe_load((Path(trained) / "job.yaml").read_text()))
-        # The benchmark's own file; ReverseDistillation's hyper-parameters in it are more than weights.
-        checkpoint = torch.load(result["checkpoint"], map_location="cpu", weights_only=False)
+        with anomalib_safe_globals(networks[name].checkpoint_safe_globals()):  # hyper-parameters may be enumerations
+            checkpoint = torch.load(result["checkpoint"], map_location="cpu", weights_only=True)
         networks[name].load_state_dict(checkpoint["state_dict"])
         files[name] = Path(trained) / "weights" / "openvino"
     table = compare_inference(networks, files, settings["image_size"] or 256, settings["rounds"], ["OpenVINO f32"])

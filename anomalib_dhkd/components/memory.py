@@ -73,14 +73,13 @@ class FeatureMemory(nn.Module):
             if sum(map(len, waiting)) >= pool:
                 waiting = [select_k_centers(torch.cat(waiting), len(self.prototypes))]
         self.prototypes.copy_(select_k_centers(torch.cat(waiting), len(self.prototypes)))
-        logger.info("The memory holds %d of %d positions of the training images.", len(self.prototypes), count)
+        logger.info("The memory has room for %d of %d positions of the training images.", len(self.prototypes), count)
 
 
 def select_k_centers(points: torch.Tensor, count: int) -> torch.Tensor:
     """Choose points greedily, each as far as possible from those before it.
 
-    anomalib's ``KCenterGreedy`` does the same; computing differences instead of products, it takes several times as
-    long.
+    anomalib's ``KCenterGreedy`` does the same from a random first point; this one always chooses the same.
 
     Args:
         points (torch.Tensor): Points of shape ``(N, C)``.
