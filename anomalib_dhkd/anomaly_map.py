@@ -19,34 +19,25 @@ class AnomalyMapGenerator(nn.Module):
     images, the anomaly map is
 
     .. math::
-        m = \sum_k w_k \operatorname{upsample}\left(\frac{\log d_k - \mu_k}{\sigma_k}\right) .
+        m = \frac{1}{\sum_k w_k} \sum_k w_k \operatorname{upsample}\left(\frac{\log d_k - \mu_k}{\sigma_k}\right) .
 
-    The image score is read off the same sum with weights of its own. Maps are summed, and image scores read off, at the
-    resolution of the first, finest one; only the result is enlarged to the image. The rule was chosen by measurement,
-    see ``docs/scores.md`` and ``docs/results.md``.
+    Maps are averaged, and image scores read off, at the resolution of the first, finest one; only the result is
+    enlarged to the image. The rule was chosen by measurement, see ``docs/scores.md``.
 
     Args:
-        map_weights (Sequence[float]): Weight of each distance map in the anomaly map.
-        score_weights (Sequence[float]): Weight of each distance map in the image score.
-        calibration (bool): With ``False`` the maps are the plain weighted sums of the distances.
-        image_score (str): ``"mean"`` or ``"max"`` of the summed maps, or ``"topk"``, the mean of the highest half per
+        weights (Sequence[float]): Weight of each distance map.
+        calibration (bool): With ``False`` the map is the weighted mean of the distances themselves.
+        image_score (str): ``"mean"`` or ``"max"`` of the averaged maps, or ``"topk"``, the mean of the highest half per
             cent of their positions.
     """
 
-    def __init__(
-        self,
-        map_weights: Sequence[float],
-        score_weights: Sequence[float],
-        calibration: bool,
-        image_score: str,
-    ) -> None:
+    def __init__(self, weights: Sequence[float], calibration: bool, image_score: str) -> None:
         super().__init__()
-        self.map_weights = tuple(map_weights)
-        self.score_weights = tuple(score_weights)
+        self.weights = [weight / sum(weights) for weight in weights]
         self.calibration = calibration
         self.image_score = image_score
-        self.register_buffer("log_mean", torch.zeros(len(self.map_weights)))
-        self.register_buffer("log_std", torch.ones(len(self.map_weights)))
+        self.register_buffer("log_mean", torch.zeros(len(weights)))
+        self.register_buffer("log_std", torch.ones(len(weights)))
         self.log_mean: torch.Tensor
         self.log_std: torch.Tensor
 
@@ -68,8 +59,9 @@ class AnomalyMapGenerator(nn.Module):
             ]
         height, width = distances[0].shape[-2:]
         maps = [resize(distance, height, width) for distance in distances]
-        anomaly_map = resize(_weighted_sum(maps, self.map_weights), *image_size)
-        values = _weighted_sum(maps, self.score_weights).flatten(1)
+        averaged = torch.stack([weight * part for weight, part in zip(self.weights, maps, strict=True)]).sum(dim=0)
+        anomaly_map = resize(averaged, *image_size)
+        values = averaged.flatten(1)
         if self.image_score == "mean":
             score = values.mean(dim=1, keepdim=True)
         elif self.image_score == "max":
@@ -81,23 +73,22 @@ class AnomalyMapGenerator(nn.Module):
     def fit(self, distances: Iterable[list[torch.Tensor]]) -> None:
         """Take the statistics of the maps.
 
-        Perfect matches are left out: those of the positions that are in the memory say nothing about new images.
-
         Args:
             distances (Iterable[list[torch.Tensor]]): Maps of the training images as in :meth:`forward`, a list a batch;
                 they are used one after the other, so that many images take no more memory than few.
         """
         # In double precision: the variance is a difference of large sums.
-        sums = torch.zeros(3, len(self.log_mean), dtype=torch.float64)
+        count = 0
+        sums = torch.zeros(2, len(self.log_mean), dtype=torch.float64)
         for maps in distances:
+            count += len(maps[0])
             for index, distance in enumerate(maps):
-                logs = _log(distance[distance > _PERFECT_MATCH].cpu().double())
-                sums[:, index] += torch.stack([torch.ones_like(logs), logs, logs.square()]).sum(dim=1)
-        count, *moments = sums
-        mean, square = (moment / count.clamp_min(1) for moment in moments)
-        variance = (square - mean.square()).clamp_min(0)
+                logs = _log(distance.cpu().double())
+                moments = torch.cat([logs, logs.square()], dim=1).mean(dim=(2, 3))
+                sums[:, index] += moments.sum(dim=0)
+        mean, square = sums / count
         self.log_mean.copy_(mean)
-        self.log_std.copy_(torch.where(variance > 1e-9, variance, 1).sqrt())  # all the same, or none
+        self.log_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())  # 0 if all distances are the same
 
 
 def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -122,13 +113,6 @@ def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return rows.mT @ maps @ columns
 
 
-def _weighted_sum(maps: list[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    return torch.stack([weight * part for part, weight in zip(maps, weights, strict=True) if weight]).sum(dim=0)
-
-
-_PERFECT_MATCH = 1e-4
-"""Distance below which two features are the same but for rounding, far below what training reaches otherwise."""
-
-
 def _log(distance: torch.Tensor) -> torch.Tensor:
-    return distance.clamp_min(_PERFECT_MATCH).log()
+    # A perfect match has distance 0; the bound lies far below any that training reaches.
+    return distance.clamp_min(1e-6).log()

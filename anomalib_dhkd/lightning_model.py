@@ -90,13 +90,10 @@ class Dhkd(AnomalibModule):
             Defaults to ``0.3``.
         affinity_weight (float): Weight of the teacher-student affinity loss; 0 switches it off.
             Defaults to ``1.0``.
-        memory (int): Number of features of training positions to keep; the distance to the nearest is half of the
-            image score and the coarse part of the anomaly map. 0 switches it off.
-            Defaults to ``2048``.
-        likelihood (bool): Let the teacher's likelihood at the coarsest scale vote on the image score, beside the
-            distances of teacher and student; without flow or student there is nothing to vote on.
-            Defaults to ``False``, by measurement, see ``docs/results.md``.
-        calibration (bool): Calibrate scales and votes on training statistics before averaging them.
+        mixture (int): Number of local Gaussians of a mixture over the features of all scales, which takes the place
+            of teacher and student at the coarsest of several scales. 0 switches it off.
+            Defaults to ``384``.
+        calibration (bool): Calibrate the distances on training statistics before averaging them.
             Defaults to ``True``.
         image_score (str): How the image score is read off the anomaly map: ``"mean"``, ``"max"`` or ``"topk"``, the
             mean of the highest half per cent of its positions at the finest scale.
@@ -140,8 +137,7 @@ class Dhkd(AnomalibModule):
         noise_std: float = 0.2,
         noise_coverage: float = 0.3,
         affinity_weight: float = 1.0,
-        memory: int = 2048,
-        likelihood: bool = False,
+        mixture: int = 384,
         calibration: bool = True,
         image_score: Literal["mean", "max", "topk"] = "topk",
         train_steps: int = 400,
@@ -163,7 +159,7 @@ class Dhkd(AnomalibModule):
             ("noise_std", noise_std, "at least 0", noise_std >= 0),
             ("noise_coverage", noise_coverage, "above 0 and at most 1", 0 < noise_coverage <= 1),
             ("affinity_weight", affinity_weight, "at least 0", affinity_weight >= 0),
-            ("memory", memory, "at least 0", memory >= 0),
+            ("mixture", mixture, "0 or at least 2", mixture == 0 or mixture >= 2),
             ("image_score", image_score, "one of 'mean', 'max', 'topk'", image_score in {"mean", "max", "topk"}),
             ("train_steps", train_steps, "at least 2", train_steps >= 2),
             ("teacher_share", teacher_share, "above 0 and below 1", 0 < teacher_share < 1),
@@ -192,12 +188,11 @@ class Dhkd(AnomalibModule):
             frequency_branch=frequency_branch,
             noise_std=noise_std,
             noise_coverage=noise_coverage,
-            memory=memory,
-            likelihood=likelihood,
+            mixture=mixture,
             calibration=calibration,
             image_score=image_score,
         )
-        channels = self.model.features.channels
+        channels = self.model.distilled_channels
         self.teacher_shift = ResponseShift(channels) if self.model.teachers is not None else None
         self.student_shift = ResponseShift(channels) if self.model.students is not None else None
         self.flow_loss = FlowLoss()
@@ -229,12 +224,12 @@ class Dhkd(AnomalibModule):
         """Configure the default pre-processor, which only resizes: the backbone's own normalisation is in the model.
 
         Args:
-            image_size (tuple[int, int] | None, optional): Height and width. Defaults to ``(256, 256)``.
+            image_size (tuple[int, int] | None, optional): Height and width. Defaults to ``(320, 320)``.
 
         Returns:
             PreProcessor: Configured pre-processor.
         """
-        return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+        return PreProcessor(transform=Resize(image_size or (320, 320), antialias=True))
 
     def configure_post_processor(self) -> PostProcessor:
         """Configure the default post-processor.
@@ -418,12 +413,10 @@ class Dhkd(AnomalibModule):
         return {"loss": loss}
 
     def on_train_batch_end(self, *args, **kwargs) -> None:
-        """After the last step, fill the memory and calibrate, so that validation and the checkpoint have both."""
+        """After the last step, fit the mixture and calibrate, so that validation and the checkpoint have both."""
         del args, kwargs  # These variables are not used.
         if self.trainer.global_step >= self.total_steps:
-            if self.model.memory is not None:
-                self.model.memory.fit(map(self.model.features.standardise, self._training_features()))
-            self.model.calibrate(map(self.model.features.standardise, self._training_features()))
+            self.model.calibrate(lambda: map(self.model.features.standardise, self._training_features()))
             if self._validate_at_end:
                 self.trainer.check_val_every_n_epoch = 1
             # A run that ends within an epoch would else end without validation.

@@ -8,7 +8,7 @@ at the same frozen features; where they disagree, the image is anomalous.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from .anomaly_map import AnomalyMapGenerator
 from .components.features import FeaturePyramid
-from .components.memory import FeatureMemory
+from .components.mixture import FeatureMixture
 from .components.positional_encoding import sinusoidal_encoding
 from .components.student import DenoisingStudent, add_region_noise
 from .components.teacher import FlowTeacher
@@ -41,11 +41,9 @@ class DhkdModel(nn.Module):
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
         noise_coverage (float): Expected share of positions with noise.
-        memory (int): Features of training positions that are kept, and to which those of an image are compared; 0 for
-            none.
-        likelihood (bool): Whether the teacher's likelihood at the coarsest scale votes on the image score, beside the
-            distances of teacher and student. Without a teacher or a student it can't.
-        calibration (bool): Whether the votes are calibrated on training statistics before fusion.
+        mixture (int): Local Gaussians of the mixture over the features of all scales, which takes the place of teacher
+            and student at the coarsest scale, unless that is the only one; 0 for none.
+        calibration (bool): Whether the distances are calibrated on training statistics before fusion.
         image_score (str): See :class:`~anomalib_dhkd.anomaly_map.AnomalyMapGenerator`.
     """
 
@@ -63,8 +61,7 @@ class DhkdModel(nn.Module):
         frequency_branch: bool,
         noise_std: float,
         noise_coverage: float,
-        memory: int,
-        likelihood: bool,
+        mixture: int,
         calibration: bool,
         image_score: str,
     ) -> None:
@@ -73,7 +70,9 @@ class DhkdModel(nn.Module):
         self.positional_channels = positional_channels
         self.noise_std = noise_std
         self.noise_coverage = noise_coverage
-        channels = self.features.channels
+        self.mixture = FeatureMixture(sum(self.features.channels), mixture) if mixture else None
+        channels = self.features.channels[:-1] if mixture and len(layers) > 1 else self.features.channels
+        self.distilled_channels = channels
         self.teachers = (
             nn.ModuleList(
                 FlowTeacher(count, positional_channels, flow_steps, math.ceil(flow_channels * count / channels[0]))
@@ -96,16 +95,17 @@ class DhkdModel(nn.Module):
             if student_blocks
             else None
         )
-        self.likelihood = likelihood and self.teachers is not None and self.students is not None
-        self.memory = FeatureMemory(sum(channels), memory) if memory else None
-        map_weights, score_weights = _weights(len(channels), self.likelihood, self.memory is not None)
-        self.anomaly_map_generator = AnomalyMapGenerator(map_weights, score_weights, calibration, image_score)
+        # The mixture sees all layers and counts for as many.
+        map_weights = [1] * len(channels) + [len(layers)] * bool(mixture)
+        self.anomaly_map_generator = AnomalyMapGenerator(map_weights, calibration, image_score)
         self.to(memory_format=torch.channels_last)
 
-    def _conditions(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    def _inputs(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Return the features that teacher and student see, and the positional encodings for them."""
+        features = features[: len(self.distilled_channels)]
         if not self.positional_channels:
-            return [None] * len(features)
-        return [
+            return features, [None] * len(features)
+        return features, [
             sinusoidal_encoding(self.positional_channels, feature.shape[-2], feature.shape[-1], feature.device)
             for feature in features
         ]
@@ -117,8 +117,8 @@ class DhkdModel(nn.Module):
             features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a scale.
 
         Returns:
-            tuple[list[torch.Tensor], list[torch.Tensor]]: Latent maps of the features' shapes, and log-determinants
-                of shape ``(B,)``.
+            tuple[list[torch.Tensor], list[torch.Tensor]]: For each scale that has a teacher, a latent map of the
+                features' shape and log-determinants of shape ``(B,)``.
 
         Raises:
             RuntimeError: If the model has no teacher.
@@ -126,7 +126,7 @@ class DhkdModel(nn.Module):
         if self.teachers is None:
             msg = "The model has no teacher (flow_steps is 0)."
             raise RuntimeError(msg)
-        conditions = self._conditions(features)
+        features, conditions = self._inputs(features)
         outputs = [teacher(*inputs) for teacher, *inputs in zip(self.teachers, features, conditions, strict=True)]
         return [latent for latent, _ in outputs], [log_det for _, log_det in outputs]
 
@@ -138,9 +138,10 @@ class DhkdModel(nn.Module):
 
         Returns:
             tuple[list[torch.Tensor], list[torch.Tensor]]: Responses of the teacher and of the student, of the features'
-                shapes. Without a flow the features take the teacher's place; without a student its responses are zeros.
+                shapes, at the scales that have them. Without a flow the features take the teacher's place; without a
+                student its responses are zeros.
         """
-        conditions = self._conditions(features)
+        features, conditions = self._inputs(features)
         latents = features
         if self.teachers is not None:
             with torch.no_grad():
@@ -160,12 +161,9 @@ class DhkdModel(nn.Module):
         latents: list[torch.Tensor],
         predictions: list[torch.Tensor],
     ) -> list[torch.Tensor]:
-        r"""Compute how anomalous each position of each scale is.
+        """Compute how anomalous each position of each scale is.
 
-        That is the squared difference of teacher and student; with ``likelihood`` at the coarsest scale also the
-        teacher's negative log-likelihood :math:`\tfrac{1}{2} \lVert z \rVert^2`, up to a factor and the
-        log-determinant (that of finer scales was measured too, and makes scores worse where parts turn); with a memory
-        the squared distance to the nearest feature in it.
+        That is the squared difference of teacher and student, and with a mixture the distance of the features from it.
 
         Args:
             features (list[torch.Tensor]): Standardised features.
@@ -173,13 +171,14 @@ class DhkdModel(nn.Module):
             predictions (list[torch.Tensor]): Responses of the student to them.
 
         Returns:
-            list[torch.Tensor]: Means over channels, a map of shape ``(B, 1, h, w)`` a scale, and one more of the last
-                scale's shape for the likelihood and for the memory each.
+            list[torch.Tensor]: Means over channels, a map of shape ``(B, 1, h, w)`` for each scale that has a teacher
+                or student, and one of the coarsest scale's shape for the mixture.
         """
-        differences = [teacher - student for teacher, student in zip(latents, predictions, strict=True)]
-        votes = [*differences, latents[-1]] if self.likelihood else differences
-        distances = [vote.square().mean(dim=1, keepdim=True) for vote in votes]
-        return distances if self.memory is None else [*distances, self.memory(features)]
+        distances = [
+            (teacher - student).square().mean(dim=1, keepdim=True)
+            for teacher, student in zip(latents, predictions, strict=True)
+        ]
+        return distances if self.mixture is None else [*distances, self.mixture(features)]
 
     def score(
         self,
@@ -216,27 +215,16 @@ class DhkdModel(nn.Module):
         return self.score(features, *self.respond(features), (height, width))
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[list[torch.Tensor]]) -> None:
-        """Take the statistics for calibrating the votes from training images.
+    def calibrate(self, batches: Callable[[], Iterable[list[torch.Tensor]]]) -> None:
+        """Fit what is not trained by gradients: the mixture, then the statistics of the distances.
 
         Args:
-            batches (Iterable[list[torch.Tensor]]): Standardised features of the training images.
+            batches (Callable[[], Iterable[list[torch.Tensor]]]): Gives the standardised features of the training
+                images, once for each pass over them.
         """
         training = self.training
         self.eval()
-        self.anomaly_map_generator.fit(self.distances(features, *self.respond(features)) for features in batches)
+        if self.mixture is not None:
+            self.mixture.fit(batches())
+        self.anomaly_map_generator.fit(self.distances(features, *self.respond(features)) for features in batches())
         self.train(training)
-
-
-def _weights(scales: int, likelihood: bool, memory: bool) -> tuple[list[float], list[float]]:
-    """Return the weight of each distance map in the anomaly map and in the image score.
-
-    The likelihood votes on the image score alone. The memory makes up half of the image score, and in the anomaly map
-    takes the place of the coarsest scale, on whose grid it is; chosen by measurement, see ``docs/results.md``.
-    """
-    votes = scales + likelihood
-    if not memory:
-        return [1 / scales] * scales + [0.0] * likelihood, [1 / votes] * votes
-    seen = max(1, scales - 1)
-    in_map = [1 / (seen + 1)] * seen + [0.0] * (votes - seen) + [1 / (seen + 1)]
-    return in_map, [0.5 / votes] * votes + [0.5]

@@ -37,7 +37,7 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
         datamodule (AnomalibDataModule): Images with a validation split of training images.
         seed (int): Seed of the training.
         results_dir (Path): Folder for the checkpoint.
-        **arguments: Arguments of the model, other than layers, memory and likelihood.
+        **arguments: Arguments of the model, other than layers and mixture.
 
     Returns:
         dict[str, Any]: For ``train``, ``held_out`` and ``test``, the maps of shape ``(N, 1, h, w)``: the
@@ -45,7 +45,7 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
             for the test images their ``labels``, of shape ``(N,)``, and ``masks``, of shape ``(N, H, W)``.
     """
     seed_everything(seed, workers=True)
-    model: Any = Dhkd(layers=LAYERS, memory=0, likelihood=False, **arguments)
+    model: Any = Dhkd(layers=LAYERS, mixture=0, **arguments)
     Engine(default_root_dir=results_dir, enable_progress_bar=False).fit(model, datamodule)
     model.eval()
     transform = model.pre_processor.transform
@@ -144,7 +144,7 @@ def false_alarms(measured: dict[str, Any], rates: Sequence[float]) -> pd.DataFra
     For comparison the thresholds of the images that were trained on, which are too low.
     """
     maps = {split: [measured[split][index] for index in (0, 1, 4)] for split in ("train", "held_out", "test")}
-    generator = AnomalyMapGenerator([1 / 2, 1 / 2, 0], [1 / 3] * 3, calibration=True, image_score="topk")
+    generator = AnomalyMapGenerator([1, 1, 1], calibration=True, image_score="topk")
     generator.fit([maps["train"]])
     scores = {split: generator(values, (256, 256)).pred_score.flatten() for split, values in maps.items()}
     good = scores["test"][measured["labels"] == 0]

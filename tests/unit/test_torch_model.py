@@ -23,8 +23,7 @@ ARGUMENTS = {
     "positional_channels": 8,
     "noise_std": 0.5,
     "noise_coverage": 0.5,
-    "memory": 0,
-    "likelihood": True,
+    "mixture": 0,
     "calibration": True,
     "image_score": "topk",
 }
@@ -36,7 +35,7 @@ def _model(**changes: Any) -> DhkdModel:
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (100, 70)])
 def test_any_image_size(size: tuple[int, int]) -> None:
-    output = _model().eval()(torch.rand(3, 3, *size))
+    output = _model(mixture=8).eval()(torch.rand(3, 3, *size))
     assert output.anomaly_map.shape == (3, 1, *size)
     assert output.pred_score.shape == (3, 1)
     assert output.anomaly_map.isfinite().all()
@@ -83,43 +82,42 @@ def test_without_student_the_map_is_the_teachers() -> None:
     torch.testing.assert_close(model(images).anomaly_map, model.anomaly_map_generator(maps, (64, 64)).anomaly_map)
 
 
-@pytest.mark.parametrize("memory", [0, 8])
-def test_weights_of_likelihood_and_memory(memory: int) -> None:
-    model = _model(calibration=False, image_score="mean", memory=memory).eval()
-    features = model.features(torch.rand(2, 3, 64, 64))
-    latents, predictions = model.respond(features)
-    maps = [(t - s).square().mean(dim=1, keepdim=True) for t, s in zip(latents, predictions, strict=True)]
-    maps.append(latents[-1].square().mean(dim=1, keepdim=True))
-    if model.memory is not None:
-        maps.append(model.memory(features))
-    torch.testing.assert_close(model.distances(features, latents, predictions), maps)
-    fine, coarse, likelihood, *kept = (F.interpolate(d, size=maps[0].shape[-2:], mode="bilinear") for d in maps)
-    score = (fine + coarse + likelihood) / 3
-    if kept:
-        (coarse,) = kept  # in the anomaly map, the memory takes the place of the coarsest scale
-        score = (score + coarse) / 2
-    output = model.score(features, latents, predictions, (64, 64))
-    torch.testing.assert_close(
-        output.anomaly_map, F.interpolate((fine + coarse) / 2, size=(64, 64), mode="bilinear"), rtol=1e-4, atol=1e-4
-    )
-    torch.testing.assert_close(output.pred_score, score.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
-
-
-def test_one_scale_shares_the_map_with_the_memory() -> None:
-    model = _model(layers=["blocks.4"], likelihood=False, memory=8, calibration=False).eval()
+def test_the_mixture_takes_the_place_of_the_coarsest_teacher_and_student() -> None:
+    model = _model(mixture=8, calibration=False, image_score="mean").eval()
+    assert model.mixture is not None
     images = torch.rand(2, 3, 64, 64)
     features = model.features(images)
-    difference, kept = model.distances(features, *model.respond(features))
-    expected = F.interpolate((difference + kept) / 2, size=(64, 64), mode="bilinear")
-    torch.testing.assert_close(model(images).anomaly_map, expected, rtol=1e-4, atol=1e-4)
+    (latent,), (prediction,) = model.respond(features)
+    assert latent.shape == prediction.shape == features[0].shape
+    fine, coarse = (latent - prediction).square().mean(dim=1, keepdim=True), model.mixture(features)
+    torch.testing.assert_close(model.distances(features, [latent], [prediction]), [fine, coarse])
+    averaged = (fine + 2 * F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")) / 3
+    output = model(images)
+    expected = F.interpolate(averaged, size=(64, 64), mode="bilinear")
+    torch.testing.assert_close(output.anomaly_map, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.pred_score, averaged.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("switch", [{"likelihood": False}, {"student_blocks": 0}, {"flow_steps": 0}])
-def test_one_vote_a_scale_without_likelihood_student_or_flow(switch: dict[str, Any]) -> None:
-    model = _model(**switch).eval()
-    assert not model.likelihood
-    features = model.features(torch.rand(1, 3, 64, 64))
-    assert len(model.distances(features, *model.respond(features))) == 2
+def test_a_single_scale_has_teacher_student_and_mixture() -> None:
+    model = _model(layers=["blocks.4"], mixture=8).eval()
+    features = model.features(torch.rand(2, 3, 64, 64))
+    assert [distance.shape for distance in model.distances(features, *model.respond(features))] == [(2, 1, 4, 4)] * 2
+
+
+@pytest.mark.parametrize("mixture", [0, 8])
+def test_calibration_on_the_training_images(mixture: int) -> None:
+    model = _model(mixture=mixture).train()
+    features = model.features(torch.rand(6, 3, 64, 64))
+    passes = []
+    model.calibrate(lambda: (passes.append(1), [features])[1])
+    assert len(passes) == (2 if mixture else 1)
+    assert model.training
+    model.eval()
+    logs = [distance.log() for distance in model.distances(features, *model.respond(features))]
+    generator = model.anomaly_map_generator
+    torch.testing.assert_close(generator.log_mean, torch.stack([log.mean() for log in logs]), rtol=1e-3, atol=1e-3)
+    if model.mixture is not None:
+        assert model.mixture.means.abs().sum() > 0
 
 
 def test_without_frequency_branch_no_transform_is_left() -> None:
@@ -143,7 +141,7 @@ def test_without_positional_encoding_the_place_does_not_matter(monkeypatch: pyte
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_torch_compile_gives_the_same() -> None:
-    model = _model().eval()
+    model = _model(mixture=8).eval()
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         expected, actual = model(images), torch.compile(model, fullgraph=True)(images)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The mixture of local Gaussians: its distance, and what it is fitted to."""
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_dhkd.components.mixture import FeatureMixture, _choose
+
+CHANNELS = 6
+
+
+def _maps(rows: torch.Tensor) -> list[torch.Tensor]:
+    """Return rows as features of one scale, an image of 4 x 4 positions a 16 rows."""
+    return [rows.reshape(-1, 4, 4, rows.shape[1]).permute(0, 3, 1, 2)]
+
+
+def _clusters(count: int) -> torch.Tensor:
+    """Return positions around three centres; within each, the first channel varies the most."""
+    centres = 10 * torch.eye(CHANNELS)[:3].repeat_interleave(count // 3, dim=0)
+    rows = centres + torch.randn(len(centres), CHANNELS) * torch.tensor([2.0, 1, 0.5, 0.5, 0.5, 0.5])
+    return rows[torch.randperm(len(rows))]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 5)])
+def test_distance_is_mahalanobis_to_the_nearer_of_the_two_likeliest(size: tuple[int, int]) -> None:
+    mixture = FeatureMixture(10, 7, rank=3)
+    mixture.whitening.normal_()
+    mixture.means.normal_()
+    mixture.round_variances.uniform_(0.5, 2)
+    mixture.other_variances.uniform_(0.5, 2)
+    mixture.directions.copy_(0.9 * torch.linalg.qr(torch.randn(7, 10, 3)).Q.mT)
+    coarse = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    features = [torch.randn(3, 4, *size), torch.randn(3, 6, *coarse)]
+    joined = torch.cat([F.interpolate(features[0], size=coarse, mode="bilinear"), features[1]], dim=1)
+    rows = joined.permute(0, 2, 3, 1) @ mixture.whitening
+    round_ones = MultivariateNormal(mixture.means, mixture.round_variances[:, None, None] * torch.eye(10))
+    likeliest = round_ones.log_prob(rows[..., None, :]).topk(2, dim=-1).indices
+    precisions = torch.eye(10) - mixture.directions.mT @ mixture.directions
+    precisions = precisions / mixture.other_variances[:, None, None]
+    differences = rows[..., None, :] - mixture.means
+    everyone = torch.einsum("bhwkc,kcd,bhwkd->bhwk", differences, precisions, differences)
+    expected = everyone.gather(-1, likeliest).amin(dim=-1)[:, None] / 10
+    torch.testing.assert_close(mixture(features), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_fitted_to_clusters_it_knows_their_shapes() -> None:
+    mixture = FeatureMixture(CHANNELS, 3, rank=2)
+    mixture.fit([_maps(_clusters(3072)) for _ in range(4)])
+    assert mixture(_maps(_clusters(3072))).mean().item() == pytest.approx(1, abs=0.1)
+    centre = 10 * torch.eye(CHANNELS)[0]
+    wide, narrow = centre.clone(), centre.clone()
+    wide[0] += 4
+    narrow[5] += 4
+    distances = [mixture(_maps(place.expand(16, -1))).mean().item() for place in (centre, wide, narrow)]
+    # Two standard deviations in one channel of six, and eight.
+    assert distances == pytest.approx([0, 4 / 6, 64 / 6], rel=0.2, abs=0.1)
+    between = _maps((10 / 3 * torch.eye(CHANNELS)[:3].sum(dim=0)).expand(16, -1))
+    assert mixture(between).min() > 10
+
+
+def test_rare_positions_are_not_anomalous() -> None:
+    batches = [_maps(_clusters(768)) for _ in range(4)]
+    rare = torch.full((CHANNELS,), -6.0)
+    batches[2][0][5] = rare[:, None, None]  # one image of 192
+    mixture = FeatureMixture(CHANNELS, 16, rank=2)
+    mixture.fit(batches)
+    distance = mixture(_maps(rare.expand(16, -1)))
+    assert distance.max() < torch.cat([mixture(batch) for batch in batches]).mean()
+
+
+def test_fewer_positions_than_gaussians() -> None:
+    features = [torch.randn(1, CHANNELS, 2, 3)]
+    mixture = FeatureMixture(CHANNELS, 20)
+    mixture.fit([features])
+    distances = mixture(features)
+    assert distances.isfinite().all()
+    assert distances.max() < mixture([features[0] + 5]).min()
+
+
+def test_constant_features() -> None:
+    features = [torch.ones(2, CHANNELS, 4, 4)]
+    mixture = FeatureMixture(CHANNELS, 4)
+    mixture.fit([features])
+    assert mixture(features).abs().max() < 1e-3
+    assert mixture([features[0] + 1]).isfinite().all()
+
+
+def test_many_positions_are_sampled_evenly() -> None:
+    batches = [[torch.arange(first, first + 100.0).reshape(1, 1, 10, 10)] for first in range(0, 2000, 100)]
+    rows, count = _choose(batches, 200)
+    assert rows.shape == (200, 1)
+    assert count == 2000
+    assert len(rows.unique()) == 200
+    assert rows.mean().item() == pytest.approx(1000, abs=150)  # four standard errors
