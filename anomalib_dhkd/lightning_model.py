@@ -76,8 +76,8 @@ class Dhkd(AnomalibModule):
         flow_channels (int): Width of the flow's coupling subnets at the first layer; at the others in proportion to
             the layers' channels.
             Defaults to ``64``.
-        student_blocks (int): Dual-domain blocks of the student. 0 switches the student off: the score is then the
-            teacher's likelihood, and the teacher trains for the whole budget.
+        student_blocks (int): Dual-domain blocks of the student. 0 switches the student off: the teacher's likelihood
+            then takes the place of their difference, and the teacher trains for the whole budget.
             Defaults to ``1``.
         student_channels (int): Width of the student at the first layer; at the others in proportion likewise.
             Defaults to ``64``.

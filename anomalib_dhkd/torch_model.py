@@ -35,8 +35,8 @@ class DhkdModel(nn.Module):
         flow_steps (int): Couplings of the teacher; with 0 the standardised features take the teacher's place.
         flow_channels (int): Width of the teacher's coupling subnets at the first layer; at the others in proportion to
             the layers' channels.
-        student_blocks (int): Dual-domain blocks of the student; with 0 there is no student, and the anomaly map is
-            the teacher's likelihood.
+        student_blocks (int): Dual-domain blocks of the student; with 0 there is no student, and the teacher's
+            likelihood takes the place of their difference.
         student_channels (int): Width of the student at the first layer; at the others in proportion likewise.
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
