@@ -11,7 +11,7 @@ import openvino as ov
 import pytest
 import torch
 from anomalib.data import ImageBatch
-from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO
 from PIL import Image
@@ -43,6 +43,34 @@ def test_export_agrees_with_torch(export_type: ExportType, trained: Trained, tmp
     engine, model, datamodule = trained
     path = engine.export(model, export_type, export_root=tmp_path)
     assert openvino_difference(path, model.eval(), _images(datamodule)) <= 1e-3
+
+
+def test_int8_quantises_convolutions_and_keeps_the_maps(trained: Trained, tmp_path: Path) -> None:
+    engine, model, datamodule = trained
+    int8 = {"compression_type": CompressionType.INT8_PTQ, "datamodule": datamodule}
+    path = engine.export(model, ExportType.OPENVINO, tmp_path, "int8", **int8)
+    assert path == tmp_path / "weights" / "openvino" / "int8.xml"
+    exported = ov.Core().read_model(path)
+    fed = {
+        target.get_node().get_type_name()
+        for operation in exported.get_ops()
+        if operation.get_type_name() == "FakeQuantize"
+        for target in operation.output(0).get_target_inputs()
+    }
+    assert fed == {"Convolution", "GroupConvolution"}
+    compiled = ov.Core().compile_model(exported, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    images = _images(datamodule)
+    with torch.no_grad():
+        expected = model.eval()(images).anomaly_map.numpy()
+    maps = np.stack([compiled(image[None].numpy())["anomaly_map"][0] for image in images])
+    assert np.corrcoef(maps.ravel(), expected.ravel())[0, 1] > 0.9  # 0.5 with every operation quantised
+
+
+def test_int8_needs_data(trained: Trained, tmp_path: Path) -> None:
+    engine, model, _ = trained
+    with pytest.raises(ValueError, match="datamodule must be given for compression_type INT8_PTQ, got None"):
+        engine.export(model, ExportType.OPENVINO, tmp_path, compression_type=CompressionType.INT8_PTQ)
+    assert not list(tmp_path.rglob("*.xml"))
 
 
 def test_false_alarm_threshold_and_sensitivity_are_exported(trained: Trained, tmp_path: Path) -> None:
