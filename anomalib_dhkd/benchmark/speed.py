@@ -345,19 +345,22 @@ def compare_accuracy(folder: Path, data: AnomalibDataModule, image_size: int) ->
     Returns:
         pd.DataFrame: AUROC of images and of pixels, in per cent, in each precision.
     """
-    items: Any = data.test_data
     resize: Any = Dhkd.configure_pre_processor((image_size, image_size))
-    pairs = [resize.transform(item.image[None], item.gt_mask[None]) for item in items]
-    truths = {
-        "pred_score": np.array([bool(item.gt_label) for item in items]),
-        "anomaly_map": np.stack([mask.numpy() for _, mask in pairs]),
-    }
+    images = []
+    truths: dict[str, list[np.ndarray]] = {"pred_score": [], "anomaly_map": []}
+    for batch in data.test_dataloader():
+        image, mask = resize.transform(batch.image, batch.gt_mask)
+        images += image.split(1)
+        truths["pred_score"].append(batch.gt_label.numpy())
+        truths["anomaly_map"].append(mask.numpy().ravel())
     rows = []
     for way, (file, precision) in PRECISIONS.items():
         compiled = ov.Core().compile_model(folder / f"{file}.xml", "CPU", {"INFERENCE_PRECISION_HINT": precision})
-        outputs = [compiled(image.numpy()) for image, _ in pairs]
-        scores = {name: np.stack([output[name] for output in outputs]).ravel() for name in truths}
-        values = [100 * roc_auc_score(truths[name].ravel(), scores[name]) for name in truths]
+        outputs = [compiled(image.numpy()) for image in images]
+        values = [
+            100 * roc_auc_score(np.concatenate(truth), np.stack([output[name] for output in outputs]).ravel())
+            for name, truth in truths.items()
+        ]
         rows.append((way, *values))
     return pd.DataFrame(rows, columns=["runs in", "image AUROC", "pixel AUROC"])
 

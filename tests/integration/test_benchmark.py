@@ -70,9 +70,8 @@ def test_speed(quickstart: Quickstart, tmp_path: Path) -> None:
     assert operations.loc["all", "f32 [ms]"] > operations.loc["Convolution", "f32 [ms]"] > 0
     accuracy = pd.read_csv(tmp_path / "accuracy.csv").set_index("runs in")
     assert set(accuracy.index) == set(speed.PRECISIONS)
-    assert accuracy.loc["OpenVINO f32"].between(0, 100).all()
-    # Ten steps of an 8-bit grid would tie most scores of so few images; convolutions alone leave them apart.
-    assert ((accuracy - accuracy.loc["OpenVINO f32"]).abs() < 15).all(axis=None)
+    assert ((accuracy >= 0) & (accuracy <= 100)).all(axis=None)
+    assert ((accuracy.loc["OpenVINO bf16"] - accuracy.loc["OpenVINO f32"]).abs() < 5).all()
     assert list(growth["images"]) == [8, 20, 8, 8]
     assert list(growth["image size"]) == [64, 64, 64, 96]
     assert (tmp_path / "growth.png").stat().st_size > 1000
