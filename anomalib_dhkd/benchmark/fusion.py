@@ -31,7 +31,7 @@ LAYERS = ("blocks.2", "blocks.4", "blocks.6")
 
 
 def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **arguments: Any) -> dict[str, Any]:
-    """Train the model and return its distance maps.
+    """Train the model on images of 256 x 256 pixels and return its distance maps.
 
     Args:
         datamodule (AnomalibDataModule): Images with a validation split of training images.
@@ -45,7 +45,8 @@ def distances(datamodule: AnomalibDataModule, seed: int, results_dir: Path, **ar
             for the test images their ``labels``, of shape ``(N,)``, and ``masks``, of shape ``(N, H, W)``.
     """
     seed_everything(seed, workers=True)
-    model: Any = Dhkd(layers=LAYERS, mixture=0, **arguments)
+    pre_processor: Any = Dhkd.configure_pre_processor((256, 256))
+    model: Any = Dhkd(layers=LAYERS, mixture=0, pre_processor=pre_processor, **arguments)
     Engine(default_root_dir=results_dir, enable_progress_bar=False).fit(model, datamodule)
     model.eval()
     transform = model.pre_processor.transform

@@ -38,6 +38,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from torch.utils.data import DataLoader
 
 from anomalib_dhkd import Dhkd
 from anomalib_dhkd.components.features import FeaturePyramid
@@ -348,7 +349,9 @@ def compare_accuracy(folder: Path, data: AnomalibDataModule, image_size: int) ->
     resize: Any = Dhkd.configure_pre_processor((image_size, image_size))
     images = []
     truths: dict[str, list[np.ndarray]] = {"pred_score": [], "anomaly_map": []}
-    for batch in data.test_dataloader():
+    # In this process: worker processes leave a signal handler behind, which crashes the next training's end.
+    test_data: Any = data.test_data
+    for batch in DataLoader(test_data, batch_size=16, collate_fn=test_data.collate_fn):
         image, mask = resize.transform(batch.image, batch.gt_mask)
         images += image.split(1)
         truths["pred_score"].append(batch.gt_label.numpy())
