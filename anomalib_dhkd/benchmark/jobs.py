@@ -30,15 +30,13 @@ class BenchmarkJob(Job):
         name (str): What is done, for folder and display.
         settings (dict[str, Any]): Plain data, see :mod:`anomalib_dhkd.benchmark.work`.
         results_dir (Path): Folder that the job's folder goes into.
-        threads (int | None): CPU threads of the process. Defaults to what its libraries choose.
     """
 
     name = "benchmark"
 
-    def __init__(self, name: str, settings: dict[str, Any], results_dir: Path, threads: int | None = None) -> None:
+    def __init__(self, name: str, settings: dict[str, Any], results_dir: Path) -> None:
         self.title = name
         self.settings = settings
-        self.threads = threads
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         slug = "".join(character if character.isalnum() else "_" for character in name)
         self.folder = (results_dir / "jobs" / f"{slug}-{digest[:8]}").resolve()
@@ -62,7 +60,6 @@ class BenchmarkJob(Job):
             (self.folder / "error.txt").unlink(missing_ok=True)
             (self.folder / "job.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
             device = {} if task_id is None else {"CUDA_VISIBLE_DEVICES": str(task_id)}
-            threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
             command = [sys.executable, "-m", "anomalib_dhkd.benchmark.work", str(self.folder)]
             with (self.folder / "log.txt").open("w") as log:
                 # A session of its own: Ctrl-C reaches the benchmark alone. The pipe tells the process when we die.
@@ -71,7 +68,7 @@ class BenchmarkJob(Job):
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=os.environ | device | threads,
+                    env=os.environ | device,
                     start_new_session=True,
                 )
                 returncode = process.wait()
@@ -97,15 +94,13 @@ class TrainingJobGenerator(JobGenerator):
     Args:
         results_dir (Path): Folder for the jobs.
         accelerator (str): ``"cpu"`` or ``"cuda"``.
-        threads (int | None): CPU threads of a job. Defaults to what its libraries choose.
     """
 
     job_class = BenchmarkJob
 
-    def __init__(self, results_dir: Path, accelerator: str, threads: int | None = None) -> None:
+    def __init__(self, results_dir: Path, accelerator: str) -> None:
         self.results_dir = results_dir
         self.accelerator = accelerator
-        self.threads = threads
 
     def generate_jobs(self, args: dict | None = None, prev_stage_result: Any = None) -> Generator[Any, None, None]:
         """Yield the jobs, all models of one data set after the other.
@@ -140,8 +135,9 @@ class TrainingJobGenerator(JobGenerator):
                 }
             )
         for settings in sorted(combinations, key=lambda settings: (settings["seed"], json.dumps(settings["data"]))):
-            name = f"{model_name(settings)} {data_name(settings)} {settings['seed']}"
-            yield BenchmarkJob(name, settings, self.results_dir, self.threads)
+            yield BenchmarkJob(
+                f"{model_name(settings)} {data_name(settings)} {settings['seed']}", settings, self.results_dir
+            )
 
 
 def _check_keys(section: str, given: dict[str, Any], allowed: set[str]) -> None:

@@ -63,15 +63,12 @@ class Benchmark(Pipeline):
 
             client = Client(args["scheduler"])
             executor, workers, devices = client.get_executor(), sum(client.nthreads().values()), 0
-            threads = None
         else:
             workers = args["workers"]
-            # Jobs that all use all cores would hinder each other.
-            threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
             executor = ThreadPoolExecutor(workers)
             devices = torch.cuda.device_count() if args["accelerator"] == "cuda" else 0
         return [
-            ProgressRunner(TrainingJobGenerator(results_dir, args["accelerator"], threads), executor, workers, devices),
+            ProgressRunner(TrainingJobGenerator(results_dir, args["accelerator"]), executor, workers, devices),
             ProgressRunner(InferenceJobGenerator(results_dir), executor, 1),
         ]
 
