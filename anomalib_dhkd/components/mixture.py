@@ -22,15 +22,15 @@ class FeatureMixture(nn.Module):
     probabilistic principal component analysers: Tipping & Bishop, Neural Computation 11(2), 1999). The features are
     those of all scales, on the grid of the coarsest.
 
-    Only the two Gaussians that would be the likeliest if all were round are looked at, which saves most of the work.
+    Only the three Gaussians that would be the likeliest if all were round are looked at, which saves most of the work.
 
     Args:
         channels (int): Channels of all scales together.
         size (int): Number of Gaussians.
-        rank (int): Directions of a Gaussian that have their own variances. Defaults to ``16``.
+        rank (int): Directions of a Gaussian that have their own variances. Defaults to ``12``.
     """
 
-    def __init__(self, channels: int, size: int, rank: int = 16) -> None:
+    def __init__(self, channels: int, size: int, rank: int = 12) -> None:
         super().__init__()
         self.register_buffer("whitening", torch.eye(channels))
         self.register_buffer("means", torch.zeros(size, channels))
@@ -53,19 +53,27 @@ class FeatureMixture(nn.Module):
             torch.Tensor: Squared Mahalanobis distance, mean over channels, of shape ``(B, 1, h, w)`` with the coarsest
                 scale's ``h`` and ``w``.
         """
-        rows = _rows(features) @ self.whitening
+        distances, _ = self._candidates(_rows(features) @ self.whitening)
+        batch, _, height, width = features[-1].shape
+        return distances.amin(dim=0).reshape(batch, 1, height, width)
+
+    def _candidates(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the distances of whitened rows to their candidates, and which these are, both of shape ``(3, N)``."""
+        precise = self.means / self.round_variances[:, None]
+        constant = (precise * self.means).sum(dim=1) + rows.shape[1] * self.round_variances.log()
+        cost = rows.square().sum(dim=1) / self.round_variances[:, None] - 2 * precise @ rows.mT + constant[:, None]
+        indices = cost.topk(min(3, len(cost)), dim=0, largest=False).indices
         distances = []
-        for index in _likeliest(rows, self.means, self.round_variances, 2):
+        for index in indices:
             difference = rows - self.means[index]
             # The directions are scaled by the share of their variance that the others don't have.
             explained = (self.directions[index] @ difference[:, :, None]).square().sum(dim=(1, 2))
             distances.append((difference.square().sum(dim=1) - explained) / self.other_variances[index])
-        batch, _, height, width = features[-1].shape
-        return torch.minimum(*distances).reshape(batch, 1, height, width) / rows.shape[1]
+        return torch.stack(distances) / rows.shape[1], indices
 
     @torch.no_grad()
     def fit(self, batches: Iterable[list[torch.Tensor]], prior: float = 0.35) -> None:
-        """Fit the mixture anew: k-means, then hard expectation-maximisation of round Gaussians, then their directions.
+        """Fit the mixture anew: k-means, then hard expectation-maximisation.
 
         Args:
             batches (Iterable[list[torch.Tensor]]): Standardised features of the training images. Of many positions a
@@ -73,43 +81,51 @@ class FeatureMixture(nn.Module):
             prior (float): Weight in a Gaussian's covariance of the average within all Gaussians, in positions a
                 channel. Defaults to ``0.35``.
         """
-        size, rank, channels = self.directions.shape
+        device = self.means.device
+        self.cpu()  # where many small decompositions take less time
+        size, _, channels = self.directions.shape
         rows, count = _choose(batches, 20_000_000 // channels)
         clusters = KMeans(min(size, len(rows)), n_init=1, max_iter=10, random_state=0).fit(rows.numpy())
-        labels = torch.from_numpy(clusters.labels_).long()
-        means = torch.from_numpy(clusters.cluster_centers_)
+        labels, means = torch.from_numpy(clusters.labels_).long(), torch.from_numpy(clusters.cluster_centers_)
         within = (rows - means[labels]).double()
         covariance = within.mT @ within / len(rows) + 1e-3 * torch.eye(channels, dtype=torch.float64)
-        whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).mT.float()
-        rows, means = rows @ whitening, means @ whitening
-
-        weight = prior * channels
+        self.whitening.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance)).mT)
+        rows = rows @ self.whitening
+        # With fewer positions than Gaussians, some start at the same.
+        self.means.copy_((means @ self.whitening)[torch.arange(size) % len(means)])
+        log_determinants = self._maximise(rows, labels, prior * channels)
         for _ in range(3):
-            counts = labels.bincount(minlength=len(means))[:, None]
-            sums = torch.zeros_like(means).index_add_(0, labels, rows)
-            means = torch.where(counts > 0, sums / counts.clamp_min(1), means)
-            squares = (rows - means[labels]).square().mean(dim=1)
-            variances = torch.full((len(means),), weight).index_add_(0, labels, squares) / (counts[:, 0] + weight)
-            labels = torch.cat([_likeliest(part, means, variances, 1)[0] for part in rows.split(1 << 13)])
+            labels = torch.cat([self._likeliest(part, log_determinants) for part in rows.split(1 << 12)])
+            log_determinants = self._maximise(rows, labels, prior * channels)
+        self.to(device)
+        logger.info("Fitted %d local Gaussians to %d of %d training positions.", size, len(rows), count)
 
-        directions, others = torch.zeros(len(means), rank, channels), torch.ones(len(means))
-        for number, mean in enumerate(means):
-            members = rows[labels == number] - mean
+    def _likeliest(self, rows: torch.Tensor, log_determinants: torch.Tensor) -> torch.Tensor:
+        """Return under which Gaussian each of ``N`` whitened rows is the likeliest, of shape ``(N,)``."""
+        distances, indices = self._candidates(rows)
+        costs = rows.shape[1] * distances + log_determinants[indices]
+        return indices.gather(0, costs.argmin(dim=0, keepdim=True))[0]
+
+    def _maximise(self, rows: torch.Tensor, labels: torch.Tensor, weight: float) -> torch.Tensor:
+        """Take over each Gaussian's mean and variances from its whitened rows; return the log-determinants."""
+        size, rank, channels = self.directions.shape
+        log_determinants = torch.zeros(size)
+        for number, members in enumerate(rows[labels.argsort()].split(labels.bincount(minlength=size).tolist())):
+            if len(members):
+                self.means[number] = members.mean(dim=0)
+            difference = members - self.means[number]
             total = len(members) + weight
+            squares = difference.square().sum()
             # Rows of zeros, because the decomposition needs as many rows as directions.
-            _, singular, basis = torch.svd_lowrank(F.pad(members, (0, 0, 0, max(0, rank - len(members)))), rank)
+            padded = F.pad(difference, (0, 0, 0, max(0, rank - len(members))))
+            _, singular, basis = torch.svd_lowrank(padded, rank)
             own = (singular.square() + weight) / total
-            rest = members.square().sum() - singular.square().sum() + weight * (channels - rank)
-            others[number] = rest / total / (channels - rank)
-            directions[number] = (1 - others[number] / own).clamp_min(0).sqrt()[:, None] * basis.mT
-        # With fewer positions than Gaussians, some come repeatedly.
-        chosen = torch.arange(size) % len(means)
-        self.whitening.copy_(whitening)
-        self.means.copy_(means[chosen])
-        self.round_variances.copy_(variances[chosen])
-        self.directions.copy_(directions[chosen])
-        self.other_variances.copy_(others[chosen])
-        logger.info("Fitted %d local Gaussians to %d of %d training positions.", len(means), len(rows), count)
+            others = (squares - singular.square().sum() + weight * (channels - rank)) / total / (channels - rank)
+            self.round_variances[number] = (squares / channels + weight) / total
+            self.directions[number] = (1 - others / own).clamp_min(0).sqrt()[:, None] * basis.mT
+            self.other_variances[number] = others
+            log_determinants[number] = own.log().sum() + (channels - rank) * others.log()
+        return log_determinants
 
 
 def _rows(features: list[torch.Tensor]) -> torch.Tensor:
@@ -132,11 +148,3 @@ def _choose(batches: Iterable[list[torch.Tensor]], limit: int) -> tuple[torch.Te
             kept = keys.topk(limit).indices
             rows, keys = rows[kept], keys[kept]
     return rows, count
-
-
-def _likeliest(rows: torch.Tensor, means: torch.Tensor, variances: torch.Tensor, count: int) -> torch.Tensor:
-    """Return under which round Gaussians each row is the likeliest, of shape ``(count, N)``."""
-    precise = means / variances[:, None]
-    constant = (precise * means).sum(dim=1) + means.shape[1] * variances.log()
-    cost = rows.square().sum(dim=1) / variances[:, None] - 2 * precise @ rows.mT + constant[:, None]
-    return cost.topk(count, dim=0, largest=False).indices
