@@ -25,7 +25,8 @@ def test_distance_is_that_of_mahalanobis_to_the_nearest_gaussian() -> None:
     expected = [
         cdist(new, part.mean(axis=0)[None], "mahalanobis", VI=np.linalg.inv(np.cov(part.T))).ravel() for part in parts
     ]
-    np.testing.assert_allclose(found.flatten(), np.min(expected, axis=0) ** 2 / 6, rtol=0.05)  # the decomposition is approximate
+    # The decomposition is approximate.
+    np.testing.assert_allclose(found.flatten(), np.min(expected, axis=0) ** 2 / 6, rtol=0.05)
 
 
 def test_fewer_positions_than_gaussians() -> None:
