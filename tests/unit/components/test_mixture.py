@@ -25,7 +25,7 @@ def _clusters(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 5)])
-def test_distance_is_mahalanobis_to_the_nearer_of_the_two_likeliest(size: tuple[int, int]) -> None:
+def test_distance_is_mahalanobis_to_the_nearest_of_the_three_likeliest(size: tuple[int, int]) -> None:
     mixture = FeatureMixture(10, 7, rank=3)
     mixture.whitening.normal_()
     mixture.means.normal_()
@@ -37,7 +37,7 @@ def test_distance_is_mahalanobis_to_the_nearer_of_the_two_likeliest(size: tuple[
     joined = torch.cat([F.interpolate(features[0], size=coarse, mode="bilinear"), features[1]], dim=1)
     rows = joined.permute(0, 2, 3, 1) @ mixture.whitening
     round_ones = MultivariateNormal(mixture.means, mixture.round_variances[:, None, None] * torch.eye(10))
-    likeliest = round_ones.log_prob(rows[..., None, :]).topk(2, dim=-1).indices
+    likeliest = round_ones.log_prob(rows[..., None, :]).topk(3, dim=-1).indices
     precisions = torch.eye(10) - mixture.directions.mT @ mixture.directions
     precisions = precisions / mixture.other_variances[:, None, None]
     differences = rows[..., None, :] - mixture.means
