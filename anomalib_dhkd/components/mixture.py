@@ -53,12 +53,13 @@ class FeatureMixture(nn.Module):
             torch.Tensor: Squared Mahalanobis distance, mean over channels, of shape ``(B, 1, h, w)`` with the coarsest
                 scale's ``h`` and ``w``.
         """
-        distances, _ = self._candidates(_rows(features) @ self.whitening)
+        rows = _rows(features) @ self.whitening
+        distances, _ = self._candidates(rows)
         batch, _, height, width = features[-1].shape
-        return distances.amin(dim=0).reshape(batch, 1, height, width)
+        return distances.amin(dim=0).reshape(batch, 1, height, width) / rows.shape[1]
 
     def _candidates(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the distances of whitened rows to their candidates, and which these are, both of shape ``(3, N)``."""
+        """Return squared distances of whitened rows to their candidates, and which they are; shape ``(3, N)`` each."""
         precise = self.means / self.round_variances[:, None]
         constant = (precise * self.means).sum(dim=1) + rows.shape[1] * self.round_variances.log()
         cost = rows.square().sum(dim=1) / self.round_variances[:, None] - 2 * precise @ rows.mT + constant[:, None]
@@ -69,7 +70,7 @@ class FeatureMixture(nn.Module):
             # The directions are scaled by the share of their variance that the others don't have.
             explained = (self.directions[index] @ difference[:, :, None]).square().sum(dim=(1, 2))
             distances.append((difference.square().sum(dim=1) - explained) / self.other_variances[index])
-        return torch.stack(distances) / rows.shape[1], indices
+        return torch.stack(distances), indices
 
     @torch.no_grad()
     def fit(self, batches: Iterable[list[torch.Tensor]], prior: float = 0.35) -> None:
@@ -103,7 +104,7 @@ class FeatureMixture(nn.Module):
     def _likeliest(self, rows: torch.Tensor, log_determinants: torch.Tensor) -> torch.Tensor:
         """Return under which Gaussian each of ``N`` whitened rows is the likeliest, of shape ``(N,)``."""
         distances, indices = self._candidates(rows)
-        costs = rows.shape[1] * distances + log_determinants[indices]
+        costs = distances + log_determinants[indices]
         return indices.gather(0, costs.argmin(dim=0, keepdim=True))[0]
 
     def _maximise(self, rows: torch.Tensor, labels: torch.Tensor, weight: float) -> torch.Tensor:
