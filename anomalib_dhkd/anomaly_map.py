@@ -27,8 +27,9 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         weights (Sequence[float]): Weight of each distance map.
         calibration (bool): With ``False`` the map is the weighted mean of the distances themselves.
-        image_score (str): ``"mean"`` or ``"max"`` of the averaged maps, or ``"topk"``, the mean of the highest half per
-            cent of their positions.
+        image_score (str): ``"mean"`` or ``"max"`` of the averaged maps; ``"topk"``, the mean of the highest half per
+            cent of their positions; or ``"contrast"``, the same less half of the mean, because what raises a whole
+            image, like its light, is seldom its defect.
     """
 
     def __init__(self, weights: Sequence[float], calibration: bool, image_score: str) -> None:
@@ -68,6 +69,8 @@ class AnomalyMapGenerator(nn.Module):
             score = values.amax(dim=1, keepdim=True)
         else:
             score = values.topk(max(1, values.shape[1] // 200), dim=1).values.mean(dim=1, keepdim=True)
+            if self.image_score == "contrast":
+                score = score - values.mean(dim=1, keepdim=True) / 2
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=score)
 
     def fit(self, distances: Iterable[list[torch.Tensor]]) -> None:

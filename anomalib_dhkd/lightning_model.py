@@ -98,9 +98,10 @@ class Dhkd(AnomalibModule):
             Defaults to ``384``.
         calibration (bool): Calibrate the distances on training statistics before averaging them.
             Defaults to ``True``.
-        image_score (str): How the image score is read off the anomaly map: ``"mean"``, ``"max"`` or ``"topk"``, the
-            mean of the highest half per cent of its positions at the finest scale.
-            Defaults to ``"topk"``.
+        image_score (str): How the image score is read off the anomaly map at the finest scale: ``"mean"``, ``"max"``,
+            ``"topk"``, the mean of the highest half per cent of its positions, or ``"contrast"``, the same less half of
+            the map's mean.
+            Defaults to ``"contrast"``.
         train_steps (int): Budget of optimiser steps for both phases together.
             Defaults to ``400``.
         teacher_share (float): Share of the steps that the teacher gets, between 0 and 1.
@@ -142,7 +143,7 @@ class Dhkd(AnomalibModule):
         affinity_weight: float = 1.0,
         mixture: int = 384,
         calibration: bool = True,
-        image_score: Literal["mean", "max", "topk"] = "topk",
+        image_score: Literal["mean", "max", "topk", "contrast"] = "contrast",
         train_steps: int = 400,
         teacher_share: float = 0.5,
         learning_rate: float = 1e-2,
@@ -163,7 +164,12 @@ class Dhkd(AnomalibModule):
             ("noise_coverage", noise_coverage, "above 0 and at most 1", 0 < noise_coverage <= 1),
             ("affinity_weight", affinity_weight, "at least 0", affinity_weight >= 0),
             ("mixture", mixture, "0 or at least 2", mixture == 0 or mixture >= 2),
-            ("image_score", image_score, "one of 'mean', 'max', 'topk'", image_score in {"mean", "max", "topk"}),
+            (
+                "image_score",
+                image_score,
+                "one of 'mean', 'max', 'topk', 'contrast'",
+                image_score in {"mean", "max", "topk", "contrast"},
+            ),
             ("train_steps", train_steps, "at least 2", train_steps >= 2),
             ("teacher_share", teacher_share, "above 0 and below 1", 0 < teacher_share < 1),
             ("learning_rate", learning_rate, "above 0", learning_rate > 0),

@@ -193,7 +193,7 @@ def test_help_is_readable(tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    for words in ("--model.flow_steps", "Couplings of the normalising-flow teacher", "{mean,max,topk}"):
+    for words in ("--model.flow_steps", "Couplings of the normalising-flow teacher", "{mean,max,topk,contrast}"):
         assert words in help_text
 
 

@@ -48,7 +48,9 @@ def test_weights() -> None:
     assert output.pred_score.item() == 7.0
 
 
-@pytest.mark.parametrize(("image_score", "expected"), [("mean", 0.0275), ("max", 6.0), ("topk", 5.5)])
+@pytest.mark.parametrize(
+    ("image_score", "expected"), [("mean", 0.0275), ("max", 6.0), ("topk", 5.5), ("contrast", 5.48625)]
+)
 def test_image_score(image_score: str, expected: float) -> None:
     distance = torch.zeros(1, 1, 20, 20)
     distance[0, 0, 3, 4:6] = torch.tensor([5.0, 6.0])  # two of 400 positions are half a per cent
