@@ -105,8 +105,8 @@ class TrainingJobGenerator(JobGenerator):
     def generate_jobs(self, args: dict | None = None, prev_stage_result: Any = None) -> Generator[Any, None, None]:
         """Yield the jobs, all models of one data set after the other.
 
-        A model's entry has ``class_path``, ``init_args`` and, all optional, ``name``, ``trainer`` (arguments of the
-        engine) and ``data`` (arguments of the data module) for this model alone.
+        A model's entry has ``class_path``, ``init_args`` and, all optional, ``name``, and for this model alone
+        ``image_size``, ``trainer`` (arguments of the engine) and ``data`` (arguments of the data module).
 
         Args:
             args (dict | None): Section ``benchmark`` of the configuration.
@@ -123,13 +123,13 @@ class TrainingJobGenerator(JobGenerator):
         for combination in get_iterator_from_grid_dict(args or {}):
             _check_keys("benchmark", combination, {"model", "data", "seed", "image_size", "trainer"})
             model, data = combination["model"], combination["data"]
-            _check_keys("model", model, {"name", "class_path", "init_args", "trainer", "data"})
+            _check_keys("model", model, {"name", "class_path", "init_args", "image_size", "trainer", "data"})
             combinations.append(
                 {
                     "model": {key: model[key] for key in ("name", "class_path", "init_args") if key in model},
                     "data": {**data, "init_args": data.get("init_args", {}) | model.get("data", {})},
                     "seed": combination.get("seed", 0),
-                    "image_size": combination.get("image_size"),
+                    "image_size": model.get("image_size", combination.get("image_size")),
                     "accelerator": self.accelerator,
                     "trainer": combination.get("trainer", {}) | model.get("trainer", {}),
                 }

@@ -71,7 +71,9 @@ def test_speed(quickstart: Quickstart, tmp_path: Path) -> None:
     accuracy = pd.read_csv(tmp_path / "accuracy.csv").set_index("runs in")
     assert set(accuracy.index) == set(speed.PRECISIONS)
     assert ((accuracy >= 0) & (accuracy <= 100)).all(axis=None)
-    assert ((accuracy.loc["OpenVINO bf16"] - accuracy.loc["OpenVINO f32"]).abs() < 5).all()
+    change = (accuracy.loc["OpenVINO bf16"] - accuracy.loc["OpenVINO f32"]).abs()
+    assert change["pixel AUROC"] < 1
+    assert change["image AUROC"] < 11  # two pairs of the 2 good and 10 defective images
     assert list(growth["images"]) == [8, 20, 8, 8]
     assert list(growth["image size"]) == [64, 64, 64, 96]
     assert (tmp_path / "growth.png").stat().st_size > 1000

@@ -54,3 +54,13 @@ def test_jobs_of_a_benchmark_parse(path: Path, tmp_path: Path) -> None:
     assert len({job.folder for job in jobs}) == len(jobs) >= 3 * len(names)
     for job in jobs[: len(names)]:
         parse(job.settings)
+
+
+def test_a_model_of_a_benchmark_may_have_its_own_image_size(tmp_path: Path) -> None:
+    config = yaml.safe_load((REPOSITORY / "configs" / "benchmark" / "tuning.yaml").read_text())
+    sizes = {
+        job.settings["model"]["name"]: job.settings["image_size"]
+        for job in TrainingJobGenerator(tmp_path, "cpu")(config["benchmark"])
+    }
+    assert (sizes.pop("256 px"), sizes.pop("384 px")) == (256, 384)
+    assert set(sizes.values()) == {config["benchmark"]["image_size"]}
