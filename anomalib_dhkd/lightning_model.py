@@ -91,8 +91,8 @@ class Dhkd(AnomalibModule):
             Defaults to ``0.2``.
         noise_coverage (float): Expected share of positions that get noise, above 0 and at most 1.
             Defaults to ``0.3``.
-        affinity_weight (float): Weight of the teacher-student affinity loss; 0 switches it off.
-            Defaults to ``1.0``.
+        affinity_weight (float): Weight of the teacher-student affinity loss; 0 leaves it off.
+            Defaults to ``0.0``, by measurement, see ``docs/results.md``.
         mixture (int): Number of local Gaussians of a mixture over the features of all scales, which takes the place
             of teacher and student at the coarsest of several scales. 0 switches it off.
             Defaults to ``384``.
@@ -140,7 +140,7 @@ class Dhkd(AnomalibModule):
         frequency_branch: bool = False,
         noise_std: float = 0.2,
         noise_coverage: float = 0.3,
-        affinity_weight: float = 1.0,
+        affinity_weight: float = 0.0,
         mixture: int = 384,
         calibration: bool = True,
         image_score: Literal["mean", "max", "topk", "contrast"] = "contrast",

@@ -23,6 +23,7 @@ SMALL = {
     "student_blocks": 1,
     "student_channels": 8,
     "frequency_branch": True,
+    "affinity_weight": 1.0,
     "mixture": 16,
 }
 """Arguments of a network that trains in a moment; every part is on."""
