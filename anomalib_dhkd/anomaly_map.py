@@ -21,14 +21,15 @@ class AnomalyMapGenerator(nn.Module):
     .. math::
         m = \frac{1}{\sum_k w_k} \sum_k w_k \operatorname{upsample}\left(\frac{\log d_k - \mu_k}{\sigma_k}\right) .
 
-    Maps are averaged, and image scores read off, at the resolution of the first, finest one; only the result is
-    enlarged to the image. The rule was chosen by measurement, see ``docs/scores.md``.
+    Maps are averaged, and image scores read off, at the resolution of the first, finest one, to which coarser ones are
+    enlarged by cubic interpolation, because linear interpolation flattens their peaks; the result is enlarged to the
+    image linearly. The rule was chosen by measurement, see ``docs/scores.md`` and ``docs/results.md``.
 
     Args:
         weights (Sequence[float]): Weight of each distance map.
         calibration (bool): With ``False`` the map is the weighted mean of the distances themselves.
-        image_score (str): ``"mean"`` or ``"max"`` of the averaged maps; ``"topk"``, the mean of the highest half per
-            cent of their positions; or ``"contrast"``, the same less half of the mean, because what raises a whole
+        image_score (str): ``"mean"`` or ``"max"`` of the averaged maps; ``"topk"``, the mean of the highest
+            hundredth of their positions; or ``"contrast"``, the same less half of the mean, because what raises a whole
             image, like its light, is seldom its defect.
     """
 
@@ -59,7 +60,7 @@ class AnomalyMapGenerator(nn.Module):
                 for index, distance in enumerate(distances)
             ]
         height, width = distances[0].shape[-2:]
-        maps = [resize(distance, height, width) for distance in distances]
+        maps = [resize(distance, height, width, "bicubic") for distance in distances]
         averaged = torch.stack([weight * part for weight, part in zip(self.weights, maps, strict=True)]).sum(dim=0)
         anomaly_map = resize(averaged, *image_size)
         values = averaged.flatten(1)
@@ -68,7 +69,7 @@ class AnomalyMapGenerator(nn.Module):
         elif self.image_score == "max":
             score = values.amax(dim=1, keepdim=True)
         else:
-            score = values.topk(max(1, values.shape[1] // 200), dim=1).values.mean(dim=1, keepdim=True)
+            score = values.topk(max(1, values.shape[1] // 100), dim=1).values.mean(dim=1, keepdim=True)
             if self.image_score == "contrast":
                 score = score - values.mean(dim=1, keepdim=True) / 2
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=score)
@@ -94,8 +95,8 @@ class AnomalyMapGenerator(nn.Module):
         self.log_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())  # 0 if all distances are the same
 
 
-def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Interpolate maps bilinearly, as ``torch.nn.functional.interpolate`` does, by two matrix products.
+def resize(maps: torch.Tensor, height: int, width: int, mode: str = "bilinear") -> torch.Tensor:
+    """Interpolate maps as ``torch.nn.functional.interpolate`` does, by two matrix products.
 
     For maps of one channel, OpenVINO's interpolation takes ten times as long as the products.
 
@@ -103,6 +104,7 @@ def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
         maps (torch.Tensor): Maps of shape ``(..., h, w)``.
         height (int): Rows of the result.
         width (int): Columns of the result.
+        mode (str): ``"bilinear"`` or ``"bicubic"``. Defaults to ``"bilinear"``.
 
     Returns:
         torch.Tensor: Maps of shape ``(..., height, width)``.
@@ -110,7 +112,7 @@ def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if maps.shape[-2:] == (height, width):
         return maps
     rows, columns = (
-        F.interpolate(torch.eye(old, dtype=maps.dtype, device=maps.device)[None], size=new, mode="linear")[0]
+        F.interpolate(torch.eye(old).to(maps)[None, None], size=(old, new), mode=mode)[0, 0]
         for old, new in zip(maps.shape[-2:], (height, width), strict=True)
     )
     return rows.mT @ maps @ columns

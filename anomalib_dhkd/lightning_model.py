@@ -99,8 +99,8 @@ class Dhkd(AnomalibModule):
         calibration (bool): Calibrate the distances on training statistics before averaging them.
             Defaults to ``True``.
         image_score (str): How the image score is read off the anomaly map at the finest scale: ``"mean"``, ``"max"``,
-            ``"topk"``, the mean of the highest half per cent of its positions, or ``"contrast"``, the same less half of
-            the map's mean.
+            ``"topk"``, the mean of the highest hundredth of its positions, or ``"contrast"``, the same less half of the
+            map's mean.
             Defaults to ``"contrast"``.
         train_steps (int): Budget of optimiser steps for both phases together.
             Defaults to ``400``.

@@ -23,10 +23,9 @@ SMALL = {
     "student_blocks": 1,
     "student_channels": 8,
     "frequency_branch": True,
-    "affinity_weight": 1.0,
     "mixture": 16,
 }
-"""Arguments of a network that trains in a moment; every part is on."""
+"""Arguments of a network that trains in a moment; every part of it is on."""
 
 
 def anomalib(folder: Path, *arguments: str) -> str:

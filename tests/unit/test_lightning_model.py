@@ -140,7 +140,7 @@ def test_each_phase_trains_one_network_only(quickstart: Quickstart, tmp_path: Pa
 
 
 def test_losses_and_phase_are_in_the_progress_bar(quickstart: Quickstart, tmp_path: Path) -> None:
-    _, recorder = _fit(quickstart, tmp_path, Dhkd(**SMALL, train_steps=4), enable_progress_bar=True)
+    _, recorder = _fit(quickstart, tmp_path, Dhkd(**SMALL, affinity_weight=1, train_steps=4), enable_progress_bar=True)
     teacher, student = recorder.steps[0]["logged"], recorder.steps[-1]["logged"]
     assert teacher["phase"] == 1
     assert "teacher_loss" in teacher
@@ -159,7 +159,7 @@ def test_losses_and_phase_are_in_the_progress_bar(quickstart: Quickstart, tmp_pa
 def test_switched_off_parts_take_no_part(
     quickstart: Quickstart, tmp_path: Path, changes: dict[str, Any], expected: str, absent: str
 ) -> None:
-    _, recorder = _fit(quickstart, tmp_path, Dhkd(**(SMALL | changes), train_steps=4))
+    _, recorder = _fit(quickstart, tmp_path, Dhkd(**(SMALL | {"affinity_weight": 1.0} | changes), train_steps=4))
     assert _phases(recorder) == expected
     assert absent not in {name for step in recorder.steps for name in step["logged"]}
 
