@@ -23,6 +23,8 @@ class FeatureMixture(nn.Module):
     those of all scales, on the grid of the coarsest.
 
     Only the three Gaussians that would be the likeliest if all were round are looked at, which saves most of the work.
+    Where the third and the fourth are equally likely, round-off decides between them: in another runtime or on another
+    device, the same weights then give another distance at single positions.
 
     Args:
         channels (int): Channels of all scales together.

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
 from anomalib_dhkd import Dhkd, MVTec
-from tests.conftest import REPOSITORY, anomalib, openvino_difference
+from tests.conftest import REPOSITORY, anomalib, openvino_differences
 
 ROOT = Path(os.environ.get("MVTEC_ROOT", REPOSITORY.parent / "shared" / "data" / "mvtec_ad"))
 
@@ -59,7 +59,7 @@ def test_train_and_export(
     export = ["--model", "anomalib_dhkd.Dhkd", "--export_type", "openvino", "--ckpt_path", str(checkpoint)]
     anomalib(tmp_path, "export", *export)
     (path,) = tmp_path.rglob("model.xml")
-    largest = openvino_difference(path, model, images)
+    score_differences, map_differences = openvino_differences(path, model, images)
     anomalib(tmp_path, "export", *export, "--model_file_name", "int8", "--compression_type", "INT8_PTQ", *data)
     compiled = ov.Core().compile_model(path.with_stem("int8"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     outputs = [compiled(image[None].numpy()) for image in images]
@@ -68,9 +68,15 @@ def test_train_and_export(
     with capsys.disabled():
         print(  # noqa: T201
             f"\n{category}: raw image AUROC {image:.4f}, pixel AUROC {pixel:.4f}, {minutes:.1f} min, "
-            f"largest difference of OpenVINO and torch {largest:.1e}, INT8 {int8_image:.4f}, {int8_pixel:.4f}"
+            f"largest difference of OpenVINO and torch {score_differences.max():.1e} in scores, "
+            f"{map_differences.max():.1e} in maps, above 1e-3 in {(map_differences > 1e-3).mean():.1e} of the pixels, "
+            f"INT8 {int8_image:.4f}, {int8_pixel:.4f}"
         )
-    assert largest <= 1e-3
+    assert score_differences.max() <= 1e-3
+    # Round-off decides which Gaussians the mixture looks at where the third and the fourth are equally likely: that
+    # happens at single positions of the coarse map.
+    assert (map_differences > 1e-3).mean() <= 1e-3
+    assert map_differences.max() <= 0.02
     assert image >= image_auroc
     assert pixel >= pixel_auroc
     assert int8_image >= image - 0.02
