@@ -41,7 +41,7 @@ browser:
 	apt-get update --quiet=2
 	apt-get install --quiet=2 --no-install-recommends chromium chromium-driver > /dev/null
 
-# Train on real MVTec AD images (MVTEC_ROOT, default ../shared/data/mvtec_ad); some ten minutes on two cores.
+# Train on real MVTec AD images (MVTEC_ROOT, default ../shared/data/mvtec_ad); a quarter of an hour on two cores.
 test-mvtec: $(VENV)/installed
 	$(BIN)/pytest -m mvtec -s
 
