@@ -2,12 +2,14 @@
 
 """Fusion of distance maps into one anomaly map and one image score."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+
+from .components.moments import mean_and_variance, moments
 
 
 class AnomalyMapGenerator(nn.Module):
@@ -19,80 +21,70 @@ class AnomalyMapGenerator(nn.Module):
     images, the anomaly map is
 
     .. math::
-        m = \frac{1}{\sum_k w_k} \sum_k w_k \operatorname{upsample}\left(\frac{\log d_k - \mu_k}{\sigma_k}\right) .
+        m = \sum_k w_k \operatorname{upsample}\left(\frac{\log d_k - \mu_k}{\sigma_k}\right) .
 
     Maps are averaged, and image scores read off, at the resolution of the first, finest one, to which coarser ones are
     enlarged by cubic interpolation, because linear interpolation flattens their peaks; the result is enlarged to the
-    image linearly. The rule was chosen by measurement, see ``docs/scores.md`` and ``docs/results.md``.
+    image linearly. The rule was chosen by measurement, see ``docs/log``.
 
     Args:
-        weights (Sequence[float]): Weight of each distance map.
-        calibration (bool): With ``False`` the map is the weighted mean of the distances themselves.
+        weights (dict[str, float]): Weight of each distance map by its name, a finest map first; their sum is 1.
         image_score (str): ``"mean"`` or ``"max"`` of the averaged maps; ``"topk"``, the mean of the highest
             hundredth of their positions; or ``"contrast"``, the same less half of the mean, because what raises a whole
             image, like its light, is seldom its defect.
     """
 
-    def __init__(self, weights: Sequence[float], calibration: bool, image_score: str) -> None:
+    def __init__(self, weights: dict[str, float], image_score: str) -> None:
         super().__init__()
-        self.weights = [weight / sum(weights) for weight in weights]
-        self.calibration = calibration
+        self.weights = weights
         self.image_score = image_score
         self.register_buffer("log_mean", torch.zeros(len(weights)))
         self.register_buffer("log_std", torch.ones(len(weights)))
         self.log_mean: torch.Tensor
         self.log_std: torch.Tensor
 
-    def forward(self, distances: list[torch.Tensor], image_size: tuple[int, int]) -> InferenceBatch:
+    def forward(self, distances: dict[str, torch.Tensor], image_size: tuple[int, int]) -> InferenceBatch:
         """Fuse the maps.
 
         Args:
-            distances (list[torch.Tensor]): Maps of values of at least 0, each of shape ``(B, 1, h, w)``, a finest one
-                first.
+            distances (dict[str, torch.Tensor]): Maps of values of at least 0 by the names of the weights, each of shape
+                ``(B, 1, h, w)``.
             image_size (tuple[int, int]): Height and width of the result.
 
         Returns:
             InferenceBatch: ``anomaly_map`` of shape ``(B, 1, *image_size)`` and ``pred_score`` of shape ``(B, 1)``.
         """
-        if self.calibration:
-            distances = [
-                (_log(distance) - self.log_mean[index]) / self.log_std[index]
-                for index, distance in enumerate(distances)
-            ]
-        height, width = distances[0].shape[-2:]
-        maps = [resize(distance, height, width, "bicubic") for distance in distances]
-        averaged = torch.stack([weight * part for weight, part in zip(self.weights, maps, strict=True)]).sum(dim=0)
-        anomaly_map = resize(averaged, *image_size)
-        values = averaged.flatten(1)
-        if self.image_score == "mean":
-            score = values.mean(dim=1, keepdim=True)
-        elif self.image_score == "max":
-            score = values.amax(dim=1, keepdim=True)
-        else:
-            score = values.topk(max(1, values.shape[1] // 100), dim=1).values.mean(dim=1, keepdim=True)
-            if self.image_score == "contrast":
-                score = score - values.mean(dim=1, keepdim=True) / 2
-        return InferenceBatch(anomaly_map=anomaly_map, pred_score=score)
+        parts: list[torch.Tensor] = []
+        for index, (name, weight) in enumerate(self.weights.items()):
+            calibrated = (_log(distances[name]) - self.log_mean[index]) / self.log_std[index]
+            height, width = parts[0].shape[-2:] if parts else calibrated.shape[-2:]
+            parts.append(weight * resize(calibrated, height, width, "bicubic"))
+        averaged = torch.stack(parts).sum(dim=0)
+        return InferenceBatch(anomaly_map=resize(averaged, *image_size), pred_score=self._score(averaged.flatten(1)))
 
-    def fit(self, distances: Iterable[list[torch.Tensor]]) -> None:
+    def _score(self, values: torch.Tensor) -> torch.Tensor:
+        """Read image scores of shape ``(B, 1)`` off averaged maps of shape ``(B, N)``."""
+        if self.image_score == "mean":
+            return values.mean(dim=1, keepdim=True)
+        if self.image_score == "max":
+            return values.amax(dim=1, keepdim=True)
+        highest = values.topk(max(1, values.shape[1] // 100), dim=1).values.mean(dim=1, keepdim=True)
+        return highest - values.mean(dim=1, keepdim=True) / 2 if self.image_score == "contrast" else highest
+
+    def fit(self, distances: Iterable[dict[str, torch.Tensor]]) -> None:
         """Take the statistics of the maps.
 
         Args:
-            distances (Iterable[list[torch.Tensor]]): Maps of the training images as in :meth:`forward`, a list a batch;
-                they are used one after the other, so that many images take no more memory than few.
+            distances (Iterable[dict[str, torch.Tensor]]): Maps of the training images as in :meth:`forward`, a batch
+                after the other, so that many images take no more memory than few.
         """
-        # In double precision: the variance is a difference of large sums.
-        count = 0
-        sums = torch.zeros(2, len(self.log_mean), dtype=torch.float64)
+        sums = torch.zeros(len(self.weights), 3, 1, dtype=torch.float64)
         for maps in distances:
-            count += len(maps[0])
-            for index, distance in enumerate(maps):
-                logs = _log(distance.cpu().double())
-                moments = torch.cat([logs, logs.square()], dim=1).mean(dim=(2, 3))
-                sums[:, index] += moments.sum(dim=0)
-        mean, square = sums / count
-        self.log_mean.copy_(mean)
-        self.log_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())  # 0 if all distances are the same
+            sums += torch.stack([moments(_log(maps[name]).cpu().double().reshape(-1, 1)) for name in self.weights])
+        for index, total in enumerate(sums):
+            mean, variance = mean_and_variance(total)
+            self.log_mean[index] = mean.item()
+            self.log_std[index] = variance.clamp_min(1e-12).sqrt().item()  # 0 if all distances are the same
 
 
 def resize(maps: torch.Tensor, height: int, width: int, mode: str = "bilinear") -> torch.Tensor:

@@ -1,16 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The paper's objective as a number: how far a network's response moves on anomalies."""
+"""What is measured on test images."""
 
 from collections.abc import Sequence
 
 import torch
+from anomalib.metrics import AUPR, AUPRO, AUROC, AnomalibMetric, F1Max, F1Score
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics import Metric
 
+from .components.moments import mean_and_variance, moments
+
+
+def test_metrics() -> list[AnomalibMetric]:
+    """Return the metrics of the field.
+
+    Returns:
+        list[AnomalibMetric]: AUROC, average precision (``AUPR``), F1 at the best and at the set threshold for images;
+            AUROC, AUPRO up to a false-positive rate of 0.3, and F1 at the set threshold for pixels.
+    """
+    image, image_label = ["pred_score", "gt_label"], ["pred_label", "gt_label"]
+    pixel, pixel_label = ["anomaly_map", "gt_mask"], ["pred_mask", "gt_mask"]
+    return [
+        AUROC(fields=image, prefix="image_"),
+        AUPR(fields=image, prefix="image_"),
+        F1Max(fields=image, prefix="image_"),
+        F1Score(fields=image_label, prefix="image_"),
+        AUROC(fields=pixel, prefix="pixel_", strict=False),
+        AUPRO(fields=pixel, prefix="pixel_", strict=False),
+        F1Score(fields=pixel_label, prefix="pixel_", strict=False),
+    ]
+
 
 class ResponseShift(Metric):
-    r"""Mean squared deviation of a network's response on anomalies, in variances of its response on good images.
+    r"""The paper's objective as a number: how far a network's response moves on anomalies.
+
+    It is the mean squared deviation of the response on anomalies, in variances of the response on good images.
 
     The abstract asks of the teacher a large, of the student a small difference of the responses to a normal and an
     anomalous image. Real anomalies have no normal twin, so the good images' mean stands for it: with :math:`\mu_c` and
@@ -27,12 +52,13 @@ class ResponseShift(Metric):
     """
 
     full_state_update = False
-    moments: torch.Tensor
+    good: torch.Tensor
+    anomalous: torch.Tensor
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
-        # Count, sum and sum of squares, of good and anomalous positions.
-        self.add_state("moments", torch.zeros(2, 3, sum(channels)), dist_reduce_fx="sum")
+        for name in ("good", "anomalous"):
+            self.add_state(name, torch.zeros(3, sum(channels)), dist_reduce_fx="sum")
 
     def update(self, responses: list[torch.Tensor], labels: torch.Tensor, masks: torch.Tensor | None) -> None:
         """Add a batch.
@@ -44,21 +70,18 @@ class ResponseShift(Metric):
                 anomalous image counts as anomalous.
         """
         good = ~labels.bool()[:, None, None]
-        moments = []
+        sums = []
         for response in responses:
             grid = response.shape[-2:]
             anomalous = ~good if masks is None else ~good & F.adaptive_max_pool2d(masks.float(), grid).bool()
             values = response.float().movedim(1, -1)
-            chosen = [values[where.expand(-1, *grid)] for where in (good, anomalous)]
-            moments.append(
-                torch.stack([torch.stack([torch.ones_like(v), v, v.square()]).sum(dim=1) for v in chosen]),
-            )
-        self.moments += torch.cat(moments, dim=-1)
+            sums.append([moments(values[where.expand(-1, *grid)]) for where in (good, anomalous)])
+        of_good, of_anomalous = (torch.cat(parts, dim=1) for parts in zip(*sums, strict=True))
+        self.good += of_good
+        self.anomalous += of_anomalous
 
     def compute(self) -> torch.Tensor:
         """Return the shift, of shape ``()``."""
-        (good, good_sum, good_squares), (count, total, squares) = self.moments
-        mean = good_sum / good
-        variance = good_squares / good - mean.square()
-        deviation = squares / count - 2 * mean * total / count + mean.square()
-        return (deviation / variance).mean()
+        mean, variance = mean_and_variance(self.good)
+        anomalous_mean, anomalous_variance = mean_and_variance(self.anomalous)
+        return ((anomalous_variance + (anomalous_mean - mean).square()) / variance).mean()

@@ -51,6 +51,9 @@ class RankPreservingPostProcessor(PostProcessor):
         tensor(37.)
     """
 
+    KEPT = ("false_alarm_rate", "normal_image_scores", "normal_pixel_scores")
+    """Attributes that a checkpoint keeps."""
+
     def __init__(self, false_alarm_rate: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if false_alarm_rate is not None and not 0 < false_alarm_rate < 1:
@@ -62,10 +65,24 @@ class RankPreservingPostProcessor(PostProcessor):
         self._normal_image_metric = CatMetric()
         self._normal_pixel_metric = CatMetric()
 
-    @property
-    def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        """Attribute names that go into the checkpoint as plain data."""
-        return (*super()._checkpoint_config_keys, "false_alarm_rate", "normal_image_scores", "normal_pixel_scores")
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Get plain-data configuration to persist in a checkpoint.
+
+        Returns:
+            dict[str, Any]: anomalib's, the false-alarm rate and the good scores that its thresholds come from.
+        """
+        return super().checkpoint_config() | {name: getattr(self, name) for name in self.KEPT}
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore configuration previously returned by :meth:`checkpoint_config`.
+
+        Args:
+            config (dict[str, Any]): Plain-data configuration to restore.
+        """
+        super().load_checkpoint_config(config)
+        for name in self.KEPT:
+            if name in config:
+                setattr(self, name, config[name])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check before training that the validation images can give the false-alarm threshold.
@@ -175,7 +192,7 @@ class RankPreservingPostProcessor(PostProcessor):
         norm_max: torch.Tensor,
         threshold: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Normalise scores.
+        """Normalise scores. anomalib has no public way to replace this mapping alone.
 
         Args:
             preds (torch.Tensor | None): Raw scores of any shape. Half precision is computed and returned in single

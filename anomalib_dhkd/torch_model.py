@@ -8,19 +8,41 @@ at the same frozen features; where they disagree, the image is anomalous.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
+from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
 from .anomaly_map import AnomalyMapGenerator
 from .components.features import FeaturePyramid
 from .components.mixture import FeatureMixture
-from .components.positional_encoding import sinusoidal_encoding
-from .components.student import DenoisingStudent, add_region_noise
+from .components.noise import add_region_noise
+from .components.student import DenoisingStudent
 from .components.teacher import FlowTeacher
+
+POSITIONAL_CHANNELS = 32
+"""Channels of the sinusoidal encoding of the position, which conditions teacher and student as in AST (WACV 2023)."""
+MIXTURE_SHARE = 0.6
+"""Weight of the mixture, which sees all layers, in the map; teacher and student share the rest."""
+
+
+class Responses(NamedTuple):
+    """What the networks make of a batch of images.
+
+    Attributes:
+        features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a layer.
+        teacher (list[torch.Tensor]): Latent variables of the flow at the layers that it has, of the features' shapes;
+            without a flow the features themselves.
+        student (list[torch.Tensor]): Predictions of the teacher's; zeros without a student.
+    """
+
+    features: list[torch.Tensor]
+    teacher: list[torch.Tensor]
+    student: list[torch.Tensor]
 
 
 class DhkdModel(nn.Module):
@@ -28,96 +50,95 @@ class DhkdModel(nn.Module):
 
     Args:
         backbone (str): See :class:`~anomalib_dhkd.components.features.FeaturePyramid`.
-        layers (Sequence[str]): Layers of the backbone, one scale each.
-        pre_trained (bool): Load ImageNet weights into the backbone.
+        layers (Sequence[str]): Layers of the backbone, one scale each, finest first.
         weights (str | Path | None): Local file with the backbone's weights.
-        positional_channels (int): Channels of the positional encoding that conditions teacher and student, 0 for none.
+        width (int): Channels inside teacher and student at the first layer; at the others in proportion to the layers'
+            own channels.
         flow_steps (int): Couplings of the teacher; with 0 the standardised features take the teacher's place.
-        flow_channels (int): Width of the teacher's coupling subnets at the first layer; at the others in proportion to
-            the layers' channels.
         student_blocks (int): Dual-domain blocks of the student; with 0 there is no student, and the teacher's
             likelihood takes the place of their difference.
-        student_channels (int): Width of the student at the first layer; at the others in proportion likewise.
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
-        noise_coverage (float): Expected share of positions with noise.
-        mixture (int): Local Gaussians of the mixture over the features of all scales, which takes the place of teacher
-            and student at the coarsest scale, unless that is the only one; 0 for none.
-        calibration (bool): Whether the distances are calibrated on training statistics before fusion.
+        num_gaussians (int): Local Gaussians of the mixture over the features of all layers, which takes the place of
+            teacher and student at the coarsest, unless that is the only one; 0 for no mixture.
         image_score (str): See :class:`~anomalib_dhkd.anomaly_map.AnomalyMapGenerator`.
+
+    Raises:
+        ValueError: If an argument is out of its range; the message names it.
     """
 
     def __init__(
         self,
         backbone: str,
         layers: Sequence[str],
-        pre_trained: bool,
         weights: str | Path | None,
-        positional_channels: int,
+        width: int,
         flow_steps: int,
-        flow_channels: int,
         student_blocks: int,
-        student_channels: int,
         frequency_branch: bool,
         noise_std: float,
-        noise_coverage: float,
-        mixture: int,
-        calibration: bool,
+        num_gaussians: int,
         image_score: str,
     ) -> None:
+        scores = ("mean", "max", "topk", "contrast")
+        for name, value, allowed, valid in (
+            ("width", width, "at least 1", width >= 1),
+            ("flow_steps", flow_steps, "at least 0", flow_steps >= 0),
+            ("student_blocks", student_blocks, "at least 0", student_blocks >= 0),
+            ("student_blocks", student_blocks, "above 0 when flow_steps is 0", student_blocks > 0 or flow_steps > 0),
+            ("noise_std", noise_std, "at least 0", noise_std >= 0),
+            ("num_gaussians", num_gaussians, "0 or at least 2", num_gaussians == 0 or num_gaussians >= 2),
+            ("image_score", image_score, f"one of {scores}", image_score in scores),
+        ):
+            if not valid:
+                msg = f"{name} must be {allowed}, got {value!r}."
+                raise ValueError(msg)
         super().__init__()
-        self.features = FeaturePyramid(backbone, layers, pre_trained, weights)
-        self.positional_channels = positional_channels
+        self.features = FeaturePyramid(backbone, layers, weights=weights)
         self.noise_std = noise_std
-        self.noise_coverage = noise_coverage
-        self.mixture = FeatureMixture(sum(self.features.channels), mixture) if mixture else None
-        channels = self.features.channels[:-1] if mixture and len(layers) > 1 else self.features.channels
-        self.distilled_channels = channels
+        self.mixture = FeatureMixture(sum(self.features.channels), num_gaussians) if num_gaussians else None
+        last = -1 if num_gaussians and len(layers) > 1 else None
+        self.distilled_layers = list(layers[:last])
+        self.distilled_channels = self.features.channels[:last]
+        widths = [math.ceil(width * channels / self.distilled_channels[0]) for channels in self.distilled_channels]
+        networks = list(zip(self.distilled_channels, widths, strict=True))
         self.teachers = (
             nn.ModuleList(
-                FlowTeacher(count, positional_channels, flow_steps, math.ceil(flow_channels * count / channels[0]))
-                for count in channels
+                FlowTeacher(channels, POSITIONAL_CHANNELS, flow_steps, hidden) for channels, hidden in networks
             )
             if flow_steps
             else None
         )
         self.students = (
             nn.ModuleList(
-                DenoisingStudent(
-                    count,
-                    positional_channels,
-                    math.ceil(student_channels * count / channels[0]),
-                    student_blocks,
-                    frequency_branch,
-                )
-                for count in channels
+                DenoisingStudent(channels, POSITIONAL_CHANNELS, hidden, student_blocks, frequency_branch)
+                for channels, hidden in networks
             )
             if student_blocks
             else None
         )
-        # The mixture, which sees all layers, makes up three fifths of the map (docs/results.md).
-        map_weights = [1] * len(channels) + [1.5 * len(channels)] * bool(mixture)
-        self.anomaly_map_generator = AnomalyMapGenerator(map_weights, calibration, image_score)
+        share = (1 - MIXTURE_SHARE if num_gaussians else 1) / len(networks)
+        weight_of_map = dict.fromkeys(self.distilled_layers, share)
+        if num_gaussians:
+            weight_of_map["mixture"] = MIXTURE_SHARE
+        self.anomaly_map_generator = AnomalyMapGenerator(weight_of_map, image_score)
         self.to(memory_format=torch.channels_last)
 
-    def _inputs(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        """Return the features that teacher and student see, and the positional encodings for them."""
-        features = features[: len(self.distilled_channels)]
-        if not self.positional_channels:
-            return features, [None] * len(features)
-        return features, [
-            sinusoidal_encoding(self.positional_channels, feature.shape[-2], feature.shape[-1], feature.device)
-            for feature in features
-        ]
+    def _distilled(self, features: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the features that have a teacher and a student, each with the encoding of its positions."""
+        for feature in features[: len(self.distilled_layers)]:
+            height, width = feature.shape[-2:]
+            encoding = build_sincos2d_pos_embed([height, width], POSITIONAL_CHANNELS, device=feature.device)
+            yield feature, encoding.mT.reshape(1, POSITIONAL_CHANNELS, height, width)
 
     def teach(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Run the teacher for its own training.
 
         Args:
-            features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a scale.
+            features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a layer.
 
         Returns:
-            tuple[list[torch.Tensor], list[torch.Tensor]]: For each scale that has a teacher, a latent map of the
+            tuple[list[torch.Tensor], list[torch.Tensor]]: For each layer that has a teacher, a latent map of the
                 features' shape and log-determinants of shape ``(B,)``.
 
         Raises:
@@ -126,80 +147,59 @@ class DhkdModel(nn.Module):
         if self.teachers is None:
             msg = "The model has no teacher (flow_steps is 0)."
             raise RuntimeError(msg)
-        features, conditions = self._inputs(features)
-        outputs = [teacher(*inputs) for teacher, *inputs in zip(self.teachers, features, conditions, strict=True)]
+        outputs = [teacher(*inputs) for teacher, inputs in zip(self.teachers, self._distilled(features), strict=True)]
         return [latent for latent, _ in outputs], [log_det for _, log_det in outputs]
 
-    def respond(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def respond(self, features: list[torch.Tensor]) -> Responses:
         """Run the frozen teacher, and the student: on noisy features in training, on clean ones in evaluation.
 
         Args:
-            features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a scale.
+            features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a layer.
 
         Returns:
-            tuple[list[torch.Tensor], list[torch.Tensor]]: Responses of the teacher and of the student, of the features'
-                shapes, at the scales that have them. Without a flow the features take the teacher's place; without a
-                student its responses are zeros.
+            Responses: The features and both networks' answers to them.
         """
-        features, conditions = self._inputs(features)
-        latents = features
+        inputs = list(self._distilled(features))
+        latents = [feature for feature, _ in inputs]
         if self.teachers is not None:
             with torch.no_grad():
                 latents = [
-                    teacher(*inputs, log_det=False)[0]
-                    for teacher, *inputs in zip(self.teachers, features, conditions, strict=True)
+                    teacher(feature, encoding, log_det=False)[0]
+                    for teacher, (feature, encoding) in zip(self.teachers, inputs, strict=True)
                 ]
         if self.students is None:
-            return latents, [torch.zeros_like(latent) for latent in latents]
+            return Responses(features, latents, [torch.zeros_like(latent) for latent in latents])
         if self.training and self.noise_std:
-            features = [add_region_noise(feature, self.noise_std, self.noise_coverage) for feature in features]
-        return latents, [student(*inputs) for student, *inputs in zip(self.students, features, conditions, strict=True)]
+            inputs = [(add_region_noise(feature, self.noise_std), encoding) for feature, encoding in inputs]
+        predictions = [student(*pair) for student, pair in zip(self.students, inputs, strict=True)]
+        return Responses(features, latents, predictions)
 
-    def distances(
-        self,
-        features: list[torch.Tensor],
-        latents: list[torch.Tensor],
-        predictions: list[torch.Tensor],
-    ) -> list[torch.Tensor]:
-        """Compute how anomalous each position of each scale is.
-
-        That is the squared difference of teacher and student, and with a mixture the distance of the features from it.
+    def distances(self, responses: Responses) -> dict[str, torch.Tensor]:
+        """Compute how anomalous each position is: how far teacher and student differ, how far the mixture is.
 
         Args:
-            features (list[torch.Tensor]): Standardised features.
-            latents (list[torch.Tensor]): Responses of the teacher to them.
-            predictions (list[torch.Tensor]): Responses of the student to them.
+            responses (Responses): See :meth:`respond`.
 
         Returns:
-            list[torch.Tensor]: Means over channels, a map of shape ``(B, 1, h, w)`` for each scale that has a teacher
-                or student, and one of the coarsest scale's shape for the mixture.
+            dict[str, torch.Tensor]: Means over channels of squared distances, a map of shape ``(B, 1, h, w)`` for each
+                layer that has a teacher or student, by its name, and ``"mixture"`` of the coarsest layer's shape.
         """
-        distances = [
-            (teacher - student).square().mean(dim=1, keepdim=True)
-            for teacher, student in zip(latents, predictions, strict=True)
-        ]
-        return distances if self.mixture is None else [*distances, self.mixture(features)]
+        pairs = zip(self.distilled_layers, responses.teacher, responses.student, strict=True)
+        distances = {layer: (teacher - student).square().mean(dim=1, keepdim=True) for layer, teacher, student in pairs}
+        return distances if self.mixture is None else distances | {"mixture": self.mixture(responses.features)}
 
-    def score(
-        self,
-        features: list[torch.Tensor],
-        latents: list[torch.Tensor],
-        predictions: list[torch.Tensor],
-        image_size: tuple[int, int],
-    ) -> InferenceBatch:
-        """Turn features and the responses to them into an anomaly map and an image score.
+    def score(self, responses: Responses, image_size: tuple[int, int]) -> InferenceBatch:
+        """Turn the responses to images into anomaly maps and image scores.
 
         Args:
-            features (list[torch.Tensor]): Standardised features.
-            latents (list[torch.Tensor]): Responses of the teacher to them.
-            predictions (list[torch.Tensor]): Responses of the student to them.
+            responses (Responses): See :meth:`respond`.
             image_size (tuple[int, int]): Height and width of the anomaly map.
 
         Returns:
             InferenceBatch: ``pred_score`` of shape ``(B, 1)`` and ``anomaly_map`` of shape ``(B, 1, H, W)``, both
                 unbounded, higher for more anomalous.
         """
-        return self.anomaly_map_generator(self.distances(features, latents, predictions), image_size)
+        return self.anomaly_map_generator(self.distances(responses), image_size)
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Detect anomalies.
@@ -211,8 +211,7 @@ class DhkdModel(nn.Module):
             InferenceBatch: See :meth:`score`.
         """
         height, width = images.shape[-2:]
-        features = self.features(images)
-        return self.score(features, *self.respond(features), (height, width))
+        return self.score(self.respond(self.features(images)), (height, width))
 
     @torch.no_grad()
     def calibrate(self, batches: Callable[[], Iterable[list[torch.Tensor]]]) -> None:
@@ -226,5 +225,5 @@ class DhkdModel(nn.Module):
         self.eval()
         if self.mixture is not None:
             self.mixture.fit(batches())
-        self.anomaly_map_generator.fit(self.distances(features, *self.respond(features)) for features in batches())
+        self.anomaly_map_generator.fit(self.distances(self.respond(features)) for features in batches())
         self.train(training)

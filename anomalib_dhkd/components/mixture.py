@@ -12,6 +12,9 @@ from torch.nn import functional as F  # noqa: N812
 
 logger = logging.getLogger(__name__)
 
+MAX_VALUES = 20_000_000
+"""Feature values at most that a mixture is fitted to; more would need more memory."""
+
 
 class FeatureMixture(nn.Module):
     r"""Mixture of local Gaussians, and the Mahalanobis distance to the nearest of them.
@@ -28,17 +31,17 @@ class FeatureMixture(nn.Module):
 
     Args:
         channels (int): Channels of all scales together.
-        size (int): Number of Gaussians.
+        num_gaussians (int): Number of Gaussians.
         rank (int): Directions of a Gaussian that have their own variances. Defaults to ``12``.
     """
 
-    def __init__(self, channels: int, size: int, rank: int = 12) -> None:
+    def __init__(self, channels: int, num_gaussians: int, rank: int = 12) -> None:
         super().__init__()
         self.register_buffer("whitening", torch.eye(channels))
-        self.register_buffer("means", torch.zeros(size, channels))
-        self.register_buffer("round_variances", torch.ones(size))
-        self.register_buffer("directions", torch.zeros(size, min(rank, channels - 1), channels))
-        self.register_buffer("other_variances", torch.ones(size))
+        self.register_buffer("means", torch.zeros(num_gaussians, channels))
+        self.register_buffer("round_variances", torch.ones(num_gaussians))
+        self.register_buffer("directions", torch.zeros(num_gaussians, min(rank, channels - 1), channels))
+        self.register_buffer("other_variances", torch.ones(num_gaussians))
         self.whitening: torch.Tensor
         self.means: torch.Tensor
         self.round_variances: torch.Tensor
@@ -87,7 +90,7 @@ class FeatureMixture(nn.Module):
         device = self.means.device
         self.cpu()  # where many small decompositions take less time
         size, _, channels = self.directions.shape
-        rows, count = _choose(batches, 20_000_000 // channels)
+        rows, count = _choose(batches, MAX_VALUES // channels)
         clusters = KMeans(min(size, len(rows)), n_init=1, max_iter=10, random_state=0).fit(rows.numpy())
         labels, means = torch.from_numpy(clusters.labels_).long(), torch.from_numpy(clusters.cluster_centers_)
         within = (rows - means[labels]).double()

@@ -27,7 +27,7 @@ class MaskedCoupling(InvertibleModule):
 
     Args:
         dims_in (Sequence[tuple[int, ...]]): Shape of the input, ``(C, H, W)``; the layers accept any ``H`` and ``W``.
-        dims_c (Sequence[tuple[int, ...]] | None): Shape of the condition. Defaults to ``None``.
+        dims_c (Sequence[tuple[int, ...]]): Shape of the condition, ``(C, H, W)`` likewise.
         keep (torch.Tensor): The mask :math:`b` of shape ``(C,)``: true for channels that stay as they are.
         hidden_channels (int): Width of the subnet.
         kernel_size (int): Rows and columns of the depthwise convolution, odd. Defaults to ``5``.
@@ -38,7 +38,7 @@ class MaskedCoupling(InvertibleModule):
     def __init__(
         self,
         dims_in: Sequence[tuple[int, ...]],
-        dims_c: Sequence[tuple[int, ...]] | None = None,
+        dims_c: Sequence[tuple[int, ...]],
         *,
         keep: torch.Tensor,
         hidden_channels: int,
@@ -52,7 +52,7 @@ class MaskedCoupling(InvertibleModule):
         self.keep: torch.Tensor
         self.enter = nn.Conv2d(channels, hidden_channels, kernel_size=1)
         # Apart from `enter`, so that it runs once a batch in training and becomes a constant in an exported model.
-        self.enter_condition = nn.Conv2d(dims_c[0][0], hidden_channels, kernel_size=1, bias=False) if dims_c else None
+        self.enter_condition = nn.Conv2d(dims_c[0][0], hidden_channels, kernel_size=1, bias=False)
         self.mix = nn.Conv2d(hidden_channels, hidden_channels, kernel_size, padding="same", groups=hidden_channels)
         self.log_scale = nn.Conv2d(hidden_channels, channels, kernel_size=1)
         self.shift = nn.Conv2d(hidden_channels, channels, kernel_size=1)
@@ -63,16 +63,14 @@ class MaskedCoupling(InvertibleModule):
     def forward(
         self,
         x_or_z: Iterable[torch.Tensor],
-        c: Iterable[torch.Tensor] | None = None,
+        c: Iterable[torch.Tensor],
         rev: bool = False,
         jac: bool = True,
     ) -> tuple[tuple[torch.Tensor], torch.Tensor]:
         """Apply the coupling or its inverse; arguments and results as FrEIA defines them."""
         (x,) = x_or_z
-        hidden = self.enter(x * self.keep)
-        if self.enter_condition is not None and c is not None:
-            (condition,) = c
-            hidden = hidden + self.enter_condition(condition)
+        (condition,) = c
+        hidden = self.enter(x * self.keep) + self.enter_condition(condition)
         hidden = torch.relu(self.mix(torch.relu(hidden)))
         log_scale = (1 - self.keep) * self.clamp * F.softsign(self.log_scale(hidden))
         shift = (1 - self.keep) * self.shift(hidden)
@@ -90,7 +88,7 @@ class FlowTeacher(nn.Module):
 
     Args:
         channels (int): Channels of the feature maps, at least 2.
-        condition_channels (int): Channels of the condition, 0 for none.
+        condition_channels (int): Channels of the condition.
         steps (int): Number of couplings, at least 1.
         hidden_channels (int): Width of the coupling subnets.
     """
@@ -99,7 +97,7 @@ class FlowTeacher(nn.Module):
         super().__init__()
         # FrEIA only compares the spatial sizes given here with each other; the layers accept any grid.
         self.flow = SequenceINN(channels, 1, 1)
-        condition = {"cond": 0, "cond_shape": (condition_channels, 1, 1)} if condition_channels else {}
+        condition = {"cond": 0, "cond_shape": (condition_channels, 1, 1)}
         for step in range(steps):
             # A random half of the channels, then the other half.
             if step % 2 == 0:
@@ -110,7 +108,7 @@ class FlowTeacher(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        condition: torch.Tensor | None = None,
+        condition: torch.Tensor,
         reverse: bool = False,
         log_det: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +116,7 @@ class FlowTeacher(nn.Module):
 
         Args:
             x (torch.Tensor): Standardised features (latent variables if ``reverse``) of shape ``(B, C, H, W)``.
-            condition (torch.Tensor | None): Condition of shape ``(1 or B, condition_channels, H, W)``.
+            condition (torch.Tensor): Condition of shape ``(1 or B, condition_channels, H, W)``.
             reverse (bool): Run the inverse. Defaults to ``False``.
             log_det (bool): Whether to compute the log-determinant. Defaults to ``True``.
 
@@ -126,4 +124,4 @@ class FlowTeacher(nn.Module):
             tuple[torch.Tensor, torch.Tensor]: Result of the same shape as ``x``, and the log-determinant of the
                 Jacobian, of shape ``(B,)``; zeros if ``log_det`` is ``False``.
         """
-        return self.flow(x, c=None if condition is None else [condition], rev=reverse, jac=log_det)
+        return self.flow(x, c=[condition], rev=reverse, jac=log_det)

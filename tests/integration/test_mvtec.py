@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
 from anomalib_dhkd import Dhkd, MVTec
-from tests.conftest import REPOSITORY, anomalib, openvino_differences
+from tests.helpers import REPOSITORY, anomalib, openvino_differences
 
 ROOT = Path(os.environ.get("MVTEC_ROOT", REPOSITORY.parent / "shared" / "data" / "mvtec_ad"))
 

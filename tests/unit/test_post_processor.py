@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from anomalib_dhkd import Dhkd, Quickstart, RankPreservingPostProcessor
-from tests.conftest import SMALL
+from tests.helpers import fit, small_dhkd
 
 NAN = float("nan")
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -23,9 +23,12 @@ scores = arrays(np.float32, st.integers(1, 50), elements=finite)
 
 
 def normalise(preds: np.ndarray | torch.Tensor, low: float, high: float, threshold: float) -> torch.Tensor:
-    """Normalise with the given statistics."""
-    statistics = (torch.tensor(value, dtype=torch.float32) for value in (low, high, threshold))
-    return RankPreservingPostProcessor._normalize(torch.as_tensor(preds), *statistics)
+    """Normalise image scores with the given statistics."""
+    post_processor = RankPreservingPostProcessor()
+    statistics = {"image_min": low, "image_max": high, "_image_threshold": threshold}
+    state = {name: torch.tensor(value, dtype=torch.float32) for name, value in statistics.items()}
+    post_processor.load_state_dict(state, strict=False)
+    return post_processor(InferenceBatch(pred_score=torch.as_tensor(preds))).pred_score
 
 
 @given(scores, finite, finite, st.one_of(finite, st.just(NAN)))
@@ -106,7 +109,7 @@ def test_equal_minimum_and_maximum(preds: np.ndarray, value: float) -> None:
 @given(scores=st.lists(st.floats(-60_000, 60_000), min_size=1, max_size=50), low=st.floats(-100, 0))
 def test_half_precision_keeps_every_difference(dtype: torch.dtype, scores: list[float], low: float) -> None:
     preds = torch.tensor(scores, dtype=dtype).unique()
-    normalised = RankPreservingPostProcessor._normalize(preds, *torch.tensor([low, 100, 50], dtype=dtype))
+    normalised = normalise(preds, low, 100, 50)
     assert normalised.dtype == torch.float32
     assert ((normalised >= 0) & (normalised <= 1)).all()
     assert (normalised.diff() >= 0).all()
@@ -114,8 +117,8 @@ def test_half_precision_keeps_every_difference(dtype: torch.dtype, scores: list[
     assert (normalised.diff()[near] > 0).all()
 
 
-def test_no_scores_no_normalised_scores() -> None:
-    assert RankPreservingPostProcessor._normalize(None, *torch.zeros(3)) is None
+def test_no_map_no_normalised_map() -> None:
+    assert RankPreservingPostProcessor()(InferenceBatch(pred_score=torch.zeros(2, 1))).anomaly_map is None
 
 
 def test_sensitivity_moves_the_label_not_the_score() -> None:
@@ -123,10 +126,10 @@ def test_sensitivity_moves_the_label_not_the_score() -> None:
     labels = {}
     for sensitivity in (0.1, 0.5, 0.9):
         post_processor = RankPreservingPostProcessor(image_sensitivity=sensitivity, pixel_sensitivity=sensitivity)
-        for name in ("image", "pixel"):
-            getattr(post_processor, f"{name}_min").fill_(0)
-            getattr(post_processor, f"{name}_max").fill_(2)
-            getattr(post_processor, f"_{name}_threshold").fill_(1)
+        statistics = {"min": 0.0, "max": 2.0}
+        state = {f"{level}_{name}": torch.tensor(v) for level in ("image", "pixel") for name, v in statistics.items()}
+        state |= {"_image_threshold": torch.tensor(1.0), "_pixel_threshold": torch.tensor(1.0)}
+        post_processor.load_state_dict(state)
         output = post_processor(predictions)
         torch.testing.assert_close(output.pred_score, torch.tensor([[0.25], [0.75]]))
         assert output.pred_mask.flatten().tolist() == output.pred_label.flatten().tolist()
@@ -169,9 +172,8 @@ def test_false_alarms_among_new_good_images_are_as_many_as_asked_for(rate: float
 
 
 def _fit(datamodule: Quickstart, folder: Path, **arguments: float) -> tuple[Engine, Dhkd]:
-    engine = Engine(default_root_dir=folder, enable_progress_bar=False)
-    model = Dhkd(**SMALL, train_steps=2, post_processor=RankPreservingPostProcessor(**arguments))
-    engine.fit(model=model, datamodule=datamodule)
+    model = small_dhkd(train_steps=2, post_processor=RankPreservingPostProcessor(**arguments))
+    engine, _ = fit(datamodule, folder, model)
     return engine, model
 
 
@@ -197,7 +199,7 @@ def test_threshold_comes_from_held_out_training_images_alone(held_out_quickstart
     restored.false_alarm_rate = 0.5  # ceil(5 x 0.5) = 3
     torch.testing.assert_close(restored.image_threshold, expected[2])
     restored.false_alarm_rate = None
-    assert restored.image_threshold == restored._image_threshold
+    assert restored.image_threshold == restored.state_dict()["_image_threshold"]
 
     predictions = engine.predict(model=model, dataset=held_out)
     assert not torch.cat([batch.pred_label for batch in predictions]).any()

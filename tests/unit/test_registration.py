@@ -17,9 +17,9 @@ from anomalib_dhkd import Dhkd
     ["dhkd", "Dhkd", {"class_path": "anomalib_dhkd.Dhkd", "init_args": {"backbone": "efficientnet_lite0_bundled"}}],
 )
 def test_get_model(spec: str | dict) -> None:
-    model = get_model(spec, student_channels=8)
+    model = get_model(spec, width=8)
     assert isinstance(model, Dhkd)
-    assert model.hparams["student_channels"] == 8
+    assert model.hparams["width"] == 8
 
 
 def test_list_models() -> None:

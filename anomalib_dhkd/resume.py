@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""How a training ends, whatever ends it, and from where it can be resumed."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from anomalib.data import AnomalibDataModule
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from .budget import Budget
+
+logger = logging.getLogger(__name__)
+
+SAVES = 20
+"""How often at most a training saves itself for being resumed."""
+KEY = "dhkd_training"
+"""Where in a checkpoint it says how far the training has come."""
+
+
+class UnfinishedError(RuntimeError):
+    """There is no finished model, and the message says why not."""
+
+
+class ResumableMixin(AnomalibModule):
+    """Keeps in the checkpoint how far a training has come, and refuses to use a model that isn't finished.
+
+    Attributes:
+        budget (Budget): Steps of both phases; of a training that was cut short, those that it did.
+        calibrated_step (int): Step after which mixture and distances were last calibrated, -1 for never.
+        finished_checkpoint (bool): Whether the finished model was saved.
+    """
+
+    def __init__(self, **components: Any) -> None:
+        super().__init__(**components)
+        self.budget = Budget(0, 0)
+        self.calibrated_step = -1
+        self.finished_checkpoint = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has come to its end and the model is calibrated since."""
+        return self.calibrated_step == self.budget.total_steps
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save how far the training has come."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[KEY] = {**asdict(self.budget), "calibrated_step": self.calibrated_step}
+        self.finished_checkpoint = self.finished
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over how far a training has come.
+
+        Raises:
+            UnfinishedError: If the checkpoint is of an unfinished training and isn't loaded to resume it.
+        """
+        state = dict(checkpoint[KEY])
+        calibrated_step, budget = state.pop("calibrated_step"), Budget(**state)
+        if calibrated_step != budget.total_steps and not self._is_fitting():
+            if not self.finished:
+                msg = (
+                    f"The checkpoint is of an unfinished training (step {checkpoint['global_step']} of "
+                    f"{budget.total_steps}); `anomalib train` with it as --ckpt_path finishes the model."
+                )
+                raise UnfinishedError(msg)
+            # Engine.train tests what it was resumed from, not what came of it.
+            logger.info("Using the finished model instead of the unfinished checkpoint that it was resumed from.")
+            checkpoint["state_dict"] = self.state_dict()
+            checkpoint.pop("callbacks", None)  # they would forget where the finished checkpoint is
+            return
+        super().on_load_checkpoint(checkpoint)
+        self.budget, self.calibrated_step = budget, calibrated_step
+
+    def _is_fitting(self) -> bool:
+        try:
+            return self.trainer.state.fn == TrainerFn.FITTING
+        except RuntimeError:  # without a trainer
+            return False
+
+
+class TrainingEnd(Callback):
+    """Leaves a finished model behind, or an error.
+
+    A run that was cut short in the student's phase, by ``max_time`` or early stopping, is finished with the weights
+    that it has: mixture, calibration, threshold, checkpoint. One that was cut short before has no student, which is an
+    error. While training, ``unfinished.ckpt`` is saved beside the place of the finished checkpoint, to go on from after
+    whatever else may happen.
+    """
+
+    def __init__(self) -> None:
+        self.saved_step = 0
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Begin anew, and refuse data without validation images before training, not after it.
+
+        Raises:
+            ValueError: If the data module has none, so that there would be no threshold.
+        """
+        if stage != "fit":
+            return
+        pl_module.budget, pl_module.calibrated_step, pl_module.finished_checkpoint = Budget(0, 0), -1, False
+        datamodule: Any = trainer.datamodule
+        if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
+            msg = (
+                "val_split_mode must be one of 'same_as_test', 'from_test', 'from_train', 'synthetic', because "
+                f"validation images set the thresholds; got '{datamodule.val_split_mode.value}'."
+            )
+            raise ValueError(msg)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Calibrate the model as it is, unless it is calibrated; outside of training, warn if it isn't finished."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.on_test_start(trainer, pl_module)
+        elif pl_module.calibrated_step != trainer.global_step:
+            pl_module.calibrate()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Warn of a model that isn't finished."""
+        del trainer  # Unused argument.
+        if not pl_module.finished:
+            logger.warning("This model isn't trained to its end; its scores mean nothing.")
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Warn of a model that isn't finished."""
+        self.on_test_start(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save what a resumed run needs: at the end of an epoch, unless these are rare."""
+        del outputs, batch, batch_idx  # Unused arguments.
+        interval = pl_module.budget.total_steps / SAVES
+        if trainer.is_last_batch or trainer.num_training_batches > interval:
+            path = _path(trainer)
+            if path is not None and trainer.global_step - self.saved_step >= interval:
+                trainer.save_checkpoint(path)
+                self.saved_step = trainer.global_step
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Finish the model.
+
+        Raises:
+            UnfinishedError: If training ended in the teacher's phase, with a student untrained.
+        """
+        step, budget = trainer.global_step, pl_module.budget
+        if step < budget.total_steps:
+            cut = budget.cut(step)
+            if budget.student_steps and not cut.student_steps:
+                msg = (
+                    f"Training was stopped after {budget.describe(step)}: the student is untrained and there is no "
+                    "finished model. Allow more time, or let early stopping watch student_loss. "
+                    f"{self._way_on(trainer)}"
+                )
+                raise UnfinishedError(msg)
+            logger.warning(
+                "Training was cut short after %s. The model is finished with the weights of that step.",
+                budget.describe(step),
+            )
+            pl_module.budget = cut
+        if not pl_module.finished:
+            pl_module.calibrate()
+            # Lightning validates after a batch or an epoch only; by then the end wasn't known.
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        if not trainer.num_val_batches:
+            logger.warning(
+                "There were no validation images: without thresholds, labels and normalised scores are void."
+            )
+        if trainer.checkpoint_callback and not pl_module.finished_checkpoint and not trainer.fast_dev_run:
+            # There were no validation images, after which Lightning saves.
+            callback = trainer.checkpoint_callback
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+                callback.best_model_path = str(Path(callback.dirpath) / f"{callback.filename or 'model'}.ckpt")
+                trainer.save_checkpoint(callback.best_model_path)
+        if (path := _path(trainer)) is not None and trainer.is_global_zero:
+            path.unlink(missing_ok=True)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Tell a run that trained nothing from one that is done.
+
+        Raises:
+            UnfinishedError: If the model isn't finished.
+        """
+        if not pl_module.finished and not trainer.fast_dev_run:
+            msg = (
+                f"No step was trained (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
+                f"limit_train_batches={trainer.limit_train_batches}, {trainer.global_step} steps done before) and the "
+                "model isn't finished. An Engine trains once: make a new one for another training."
+            )
+            raise UnfinishedError(msg)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Say what an interrupted run leaves behind."""
+        if pl_module.budget and not pl_module.finished and not isinstance(exception, UnfinishedError):
+            logger.error(
+                "Training ended after %s, without a finished model (%s). %s",
+                pl_module.budget.describe(trainer.global_step),
+                type(exception).__name__,
+                self._way_on(trainer),
+            )
+
+    def _way_on(self, trainer: Any) -> str:
+        if (path := _path(trainer)) is not None and self.saved_step:
+            return f"`--ckpt_path {path}` resumes it from step {self.saved_step}."
+        return "Nothing was saved yet to resume it from."
+
+
+def _path(trainer: Any) -> Path | None:
+    """Return where the checkpoint of an unfinished training goes, beside the finished one's place."""
+    callback = trainer.checkpoint_callback
+    if trainer.fast_dev_run or not isinstance(callback, ModelCheckpoint) or not callback.dirpath:
+        return None
+    return Path(callback.dirpath) / "unfinished.ckpt"

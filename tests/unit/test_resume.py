@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""However a training ends: a finished model, or one clear error, and a way on."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.engine import Engine
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+
+from anomalib_dhkd import Dhkd, Quickstart
+from anomalib_dhkd.resume import UnfinishedError
+from tests.helpers import Trained, fit, small_dhkd
+
+
+class TimeUp(Timer):
+    """Lightning's Timer, by which ``max_time`` ends a run, with a clock that is up at a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(duration=timedelta(days=1))
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step >= self.step:
+            self.load_state_dict({"time_elapsed": {"train": 2 * 24 * 3600}})
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
+
+class Raise(Callback):
+    """Ends a run at a step with an exception."""
+
+    def __init__(self, step: int, exception: BaseException) -> None:
+        self.step = step
+        self.exception = exception
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.exception
+
+
+def _early_stopping(loss: str) -> EarlyStopping:
+    """Lightning's early stopping, as eager as it can be: it ends the run after two epochs with the loss."""
+    return EarlyStopping(loss, min_delta=1e9, patience=1, strict=False)
+
+
+def _assert_finished(engine: Engine, model: Dhkd) -> None:
+    """Assert that model and checkpoint have both networks, mixture, calibration and threshold."""
+    step = engine.trainer.global_step
+    restored = Dhkd.load_from_checkpoint(engine.best_model_path)
+    for one in (model, restored):
+        assert one.finished
+        assert one.budget.student_steps > 0
+        assert one.budget.total_steps == step
+        assert (one.model.anomaly_map_generator.log_mean != 0).all()
+        assert one.model.mixture.means.abs().sum() > 0
+        assert one.post_processor.image_threshold.isfinite()
+        assert one.post_processor.pixel_threshold.isfinite()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(restored.state_dict()[name], value, rtol=0, atol=0, msg=name)
+    assert [path.name for path in Path(engine.best_model_path).parent.iterdir()] == ["model.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("callback", "phases"),
+    [
+        (TimeUp(6), "ttttss"),
+        (TimeUp(7), "ttttsss"),  # within an epoch
+        (_early_stopping("student_loss"), "ttttssss"),
+    ],
+    ids=["max_time", "max_time within an epoch", "early stopping"],
+)
+def test_cut_short_in_the_students_phase_the_model_is_finished(
+    callback: Callback, phases: str, quickstart: Quickstart, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small_dhkd(train_steps=10 if isinstance(callback, EarlyStopping) else 8)
+    if isinstance(callback, EarlyStopping):
+        phases = "tttttsss"
+    engine, recorder = fit(quickstart, tmp_path, model, callbacks=[callback])
+    assert recorder.phases == phases
+    assert recorder.validations == [len(phases)]
+    _assert_finished(engine, model)
+    assert f"Training was cut short after step {len(phases)} of " in caplog.text
+    assert "in the student's phase. The model is finished with the weights of that step." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("callback", "step"),
+    [(TimeUp(3), 3), (_early_stopping("teacher_loss"), 4)],
+    ids=["max_time", "early stopping"],
+)
+def test_cut_short_in_the_teachers_phase_is_an_error_and_can_be_resumed(
+    callback: Callback, step: int, quickstart: Quickstart, tmp_path: Path
+) -> None:
+    message = (
+        rf"after step {step} of 12, in the teacher's phase: the student is untrained.*--ckpt_path .*unfinished.ckpt"
+    )
+    with pytest.raises(UnfinishedError, match=message):
+        fit(quickstart, tmp_path / "cut", small_dhkd(train_steps=12), callbacks=[callback])
+    (saved,) = (tmp_path / "cut").rglob("*.ckpt")
+    step = torch.load(saved, weights_only=True)["global_step"]
+    with pytest.raises(UnfinishedError, match=rf"unfinished training \(step {step} of 12\).*--ckpt_path finishes"):
+        Dhkd.load_from_checkpoint(saved)
+    model = small_dhkd(train_steps=12)
+    engine, recorder = fit(quickstart, tmp_path / "resumed", model, ckpt_path=saved)
+    assert recorder.phases == "ttttttssssss"[step:]
+    _assert_finished(engine, model)
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt(), RuntimeError("disk on fire")], ids=["Ctrl-C", "error"])
+def test_an_interrupted_run_says_what_it_leaves_behind(
+    exception: BaseException, quickstart: Quickstart, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = quickstart.num_workers
+    with pytest.raises((SystemExit, RuntimeError)):
+        fit(quickstart, tmp_path / "cut", small_dhkd(train_steps=8), callbacks=[Raise(5, exception)])
+    (saved,) = (tmp_path / "cut").rglob("*.ckpt")
+    assert (
+        f"Training ended after step 5 of 8, in the student's phase, without a finished model "
+        f"({type(exception).__name__}). `--ckpt_path {saved}` resumes it from step 4."
+    ) in caplog.text
+    # The data module has its images back.
+    assert quickstart.train_data[0].image.shape == (3, 64, 64)
+    assert quickstart.num_workers == images
+    model = small_dhkd(train_steps=8)
+    engine, recorder = fit(quickstart, tmp_path / "resumed", model, ckpt_path=saved)
+    assert recorder.phases == "ssss"
+    _assert_finished(engine, model)
+
+
+def _checkpoints(folder: Path) -> list[Callback]:
+    """Return callbacks that save after every step and after every epoch, the ways in which users do."""
+    return [
+        ModelCheckpoint(folder, "step-{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False),
+        ModelCheckpoint(folder, "epoch-{step}", every_n_epochs=1, save_top_k=-1, auto_insert_metric_name=False),
+    ]
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_steps": 7}])
+def test_resumed_run_lands_in_the_right_phase(quickstart: Quickstart, tmp_path: Path, limit: dict[str, int]) -> None:
+    model = small_dhkd(train_steps=8)
+    engine, _ = fit(quickstart, tmp_path, model, callbacks=_checkpoints(tmp_path / "saved"), **limit)
+    steps = engine.trainer.global_step
+    statistics = {key: value for key, value in model.state_dict().items() if "features.statistics" in key}
+    assert statistics
+    saved = sorted((tmp_path / "saved").glob("*-?.ckpt"))
+    assert {int(path.stem[-1]) for path in saved} == set(range(1, steps + 1))
+
+    for path in saved:
+        stop = int(path.stem.split("-")[1])
+        resumed = small_dhkd(train_steps=8)
+        if path.stem == "step-7" and limit:
+            # Saved after the last step and before its calibration; Lightning trains nothing, and tells nobody.
+            with pytest.raises(UnfinishedError, match=r"No step was trained \(.*max_steps=7.*7 steps done before"):
+                fit(quickstart, tmp_path, resumed, ckpt_path=path, **limit)
+            continue
+        engine, recorder = fit(quickstart, tmp_path, resumed, ckpt_path=path, **limit)
+        assert recorder.phases == "ttttssss"[stop:steps], path.name
+        assert engine.trainer.global_step == steps
+        assert resumed.finished
+        assert (resumed.model.anomaly_map_generator.log_mean != 0).all()
+        # The teacher was trained on these statistics: a resumed run must keep them.
+        assert all(torch.equal(resumed.state_dict()[key], value) for key, value in statistics.items())
+
+
+def test_train_tests_the_finished_model_and_not_what_it_was_resumed_from(
+    quickstart: Quickstart, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        fit(quickstart, tmp_path / "cut", small_dhkd(train_steps=8), callbacks=[Raise(7, RuntimeError("disk on fire"))])
+    (saved,) = (tmp_path / "cut").rglob("*.ckpt")
+    engine = Engine(default_root_dir=tmp_path / "resumed", enable_progress_bar=False)
+    model = small_dhkd(train_steps=8)
+    (tested,) = engine.train(model=model, datamodule=quickstart, ckpt_path=saved)
+    _assert_finished(engine, model)
+    (again,) = Engine(default_root_dir=tmp_path / "again", enable_progress_bar=False).test(
+        model=small_dhkd(), datamodule=quickstart, ckpt_path=engine.best_model_path
+    )
+    assert tested == again
+
+
+def test_validation_in_between_sees_a_calibrated_model(quickstart: Quickstart, tmp_path: Path) -> None:
+    class Calibration(Callback):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int, float]] = []
+
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            mean = pl_module.model.anomaly_map_generator.log_mean[0].item()
+            self.seen.append((trainer.global_step, pl_module.calibrated_step, mean))
+
+    calibration = Calibration()
+    model = small_dhkd(train_steps=10)
+    engine, recorder = fit(quickstart, tmp_path, model, callbacks=[calibration], check_val_every_n_epoch=2)
+    assert recorder.validations == [4, 8, 10]
+    assert [(step, calibrated) for step, calibrated, _ in calibration.seen] == [(4, 4), (8, 8), (10, 10)]
+    assert len({mean for *_, mean in calibration.seen}) == 3
+    _assert_finished(engine, model)
+
+
+def test_without_validation_images(quickstart: Quickstart, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = small_dhkd(train_steps=4)
+    engine, _ = fit(quickstart, tmp_path, model, limit_val_batches=0)
+    assert "no validation images: without thresholds" in caplog.text
+    assert model.finished
+    assert Dhkd.load_from_checkpoint(engine.best_model_path).finished
+
+
+def test_no_validation_split_is_refused_before_training(quickstart_root: Path, tmp_path: Path) -> None:
+    datamodule = Quickstart(root=quickstart_root, num_train=8, num_test=2, num_workers=0, val_split_mode="none")
+    with pytest.raises(ValueError, match=r"val_split_mode must be one of 'same_as_test'.* got 'none'"):
+        fit(datamodule, tmp_path, small_dhkd())
+
+
+def test_an_engine_trains_once(quickstart: Quickstart, tmp_path: Path) -> None:
+    engine, _ = fit(quickstart, tmp_path, small_dhkd(train_steps=2))
+    with pytest.raises(UnfinishedError, match="An Engine trains once"):
+        engine.fit(model=small_dhkd(train_steps=2), datamodule=quickstart)
+
+
+def test_a_model_can_be_trained_again(quickstart: Quickstart, tmp_path: Path) -> None:
+    model = small_dhkd(train_steps=4)
+    fit(quickstart, tmp_path, model)
+    engine, recorder = fit(quickstart, tmp_path, model)
+    assert recorder.phases == "ttss"
+    _assert_finished(engine, model)
+
+
+def test_an_untrained_model_is_tested_with_a_warning(
+    quickstart: Quickstart, trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained.engine.test(model=trained.model, datamodule=quickstart)
+    assert "scores mean nothing" not in caplog.text
+    Engine(default_root_dir=tmp_path, enable_progress_bar=False).test(model=small_dhkd(), datamodule=quickstart)
+    assert "This model isn't trained to its end; its scores mean nothing." in caplog.text
