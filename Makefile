@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS := results/Dhkd/Quickstart/brick/latest
 
-.PHONY: quickstart test test-mvtec browser format
+.PHONY: quickstart test lint hooks test-mvtec browser format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # Train on images made on the spot, export to OpenVINO, say where things are.
 quickstart: $(VENV)/installed
-	$(BIN)/anomalib train --config configs/quickstart.yaml
+	$(BIN)/anomalib train --config configs/model/quickstart.yaml
 	@$(BIN)/anomalib export --model anomalib_dhkd.Dhkd --export_type openvino \
 		--ckpt_path $(RESULTS)/weights/lightning/model.ckpt --export_root $(RESULTS) \
 		> $(RESULTS)/export.log 2>&1 || { cat $(RESULTS)/export.log; exit 1; }
@@ -30,11 +30,18 @@ docs/quickstart.png: $(VENV)/installed
 		files = sorted(Path('$(RESULTS)/images/test').glob('[!g]*/000.png')); \
 		io.imsave('$@', numpy.vstack([io.imread(file) for file in files]))"
 
-test: $(VENV)/installed
+# Linter, type checker, tests; how much of the package they run is printed at the end.
+test: lint
+	$(BIN)/pytest
+
+# What is checked before each commit, too, once `make hooks` was called.
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+
+hooks: $(VENV)/installed
+	$(BIN)/pre-commit install
 
 # Chromium, which opens the benchmark's report in a test that is skipped without it (Debian and Ubuntu, as root).
 browser:
@@ -43,7 +50,7 @@ browser:
 
 # Train on real MVTec AD images (MVTEC_ROOT, default ../shared/data/mvtec_ad); a quarter of an hour on two cores.
 test-mvtec: $(VENV)/installed
-	$(BIN)/pytest -m mvtec -s
+	$(BIN)/pytest -m mvtec -s --no-cov
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
