@@ -12,7 +12,6 @@ from timm.models import get_arch_name
 from torch import nn
 
 from . import backbones  # noqa: F401  # registers the bundled backbones with timm
-from .moments import mean_and_variance, moments
 
 
 class FeaturePyramid(nn.Module):
@@ -57,7 +56,10 @@ class FeaturePyramid(nn.Module):
         self.register_buffer("image_std", torch.tensor(source["std"]).view(1, -1, 1, 1), persistent=False)
         self.image_mean: torch.Tensor
         self.image_std: torch.Tensor
-        self.statistics = nn.ModuleList(nn.BatchNorm2d(channels, affine=False) for channels in self.channels)
+        # Cumulative statistics (momentum=None), no affine part: exactly "standardise by training statistics".
+        self.statistics = nn.ModuleList(
+            nn.BatchNorm2d(channels, affine=False, momentum=None) for channels in self.channels
+        )
         self.eval()
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
@@ -107,13 +109,13 @@ class FeaturePyramid(nn.Module):
         Args:
             batches (Iterable[list[torch.Tensor]]): Features of the training images, as :meth:`extract` returns them.
         """
-        sums = [torch.zeros(3, count, dtype=torch.float64) for count in self.channels]
+        for module in self.statistics:
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+        self.statistics.train()
         for features in batches:
-            for index, feature in enumerate(features):
-                sums[index] += moments(feature.movedim(1, -1).flatten(0, 2).cpu().double())
-        for statistics, total in zip(self.statistics, sums, strict=True):
-            mean, variance = mean_and_variance(total)
-            statistics.load_state_dict({"running_mean": mean, "running_var": variance}, strict=False)
+            self.standardise(features)
+        self.statistics.eval()
 
 
 def _layer_indices(backbone: str, layers: Sequence[str]) -> list[int]:
