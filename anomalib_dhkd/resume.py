@@ -3,7 +3,7 @@
 """How a training ends, whatever ends it, and from where it can be resumed."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class ResumableMixin(AnomalibModule):
         budget (Budget): Steps of both phases; of a training that was cut short, those that it did.
         calibrated_step (int): Step after which mixture and distances were last calibrated, -1 for never.
         finished_checkpoint (bool): Whether the finished model was saved.
+        resumed_budget (Budget | None): Steps of the training that the checkpoint was loaded from.
     """
 
     def __init__(self, **components: Any) -> None:
@@ -41,6 +42,7 @@ class ResumableMixin(AnomalibModule):
         self.budget = Budget(0, 0)
         self.calibrated_step = -1
         self.finished_checkpoint = False
+        self.resumed_budget: Budget | None = None
 
     @property
     def finished(self) -> bool:
@@ -74,7 +76,7 @@ class ResumableMixin(AnomalibModule):
             checkpoint.pop("callbacks", None)  # they would forget where the finished checkpoint is
             return
         super().on_load_checkpoint(checkpoint)
-        self.budget, self.calibrated_step = budget, calibrated_step
+        self.budget, self.calibrated_step, self.resumed_budget = budget, calibrated_step, budget
 
     def _is_fitting(self) -> bool:
         try:
@@ -104,6 +106,7 @@ class TrainingEnd(Callback):
         if stage != "fit":
             return
         pl_module.budget, pl_module.calibrated_step, pl_module.finished_checkpoint = Budget(0, 0), -1, False
+        pl_module.resumed_budget = None
         datamodule: Any = trainer.datamodule
         if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
             msg = (
@@ -111,6 +114,17 @@ class TrainingEnd(Callback):
                 f"validation images set the thresholds; got '{datamodule.val_split_mode.value}'."
             )
             raise ValueError(msg)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say if a run is resumed with another budget than it began with."""
+        del trainer  # Unused argument.
+        if pl_module.resumed_budget not in {None, pl_module.budget}:
+            logger.warning(
+                "Resumed with %d steps of the teacher and %d of the student, begun with %d and %d: phases and learning "
+                "rates follow the former.",
+                *astuple(pl_module.budget),
+                *astuple(pl_module.resumed_budget),
+            )
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Calibrate the model as it is, unless it is calibrated; outside of training, warn if it isn't finished."""
@@ -171,10 +185,10 @@ class TrainingEnd(Callback):
                 "There were no validation images: without thresholds, labels and normalised scores are void."
             )
         if trainer.checkpoint_callback and not pl_module.finished_checkpoint and not trainer.fast_dev_run:
-            # There were no validation images, after which Lightning saves.
+            # Lightning saves after a validation. There was none, or it came before this was known to be the end.
             callback = trainer.checkpoint_callback
             if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-                callback.best_model_path = str(Path(callback.dirpath) / f"{callback.filename or 'model'}.ckpt")
+                callback.best_model_path = str(Path(callback.dirpath) / "model.ckpt")
                 trainer.save_checkpoint(callback.best_model_path)
         if (path := _path(trainer)) is not None and trainer.is_global_zero:
             path.unlink(missing_ok=True)
@@ -195,7 +209,7 @@ class TrainingEnd(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Say what an interrupted run leaves behind."""
-        if pl_module.budget and not pl_module.finished and not isinstance(exception, UnfinishedError):
+        if pl_module.budget.total_steps and not pl_module.finished and not isinstance(exception, UnfinishedError):
             logger.error(
                 "Training ended after %s, without a finished model (%s). %s",
                 pl_module.budget.describe(trainer.global_step),

@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Measurements behind the defaults and the documentation, each one command."""
+"""Models side by side: ``python -m anomalib_dhkd benchmark``."""

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class BenchmarkJob(Job):
     """One training with its test, or one comparison of inference, in a process of its own.
 
-    Its folder is named after a hash of the settings: the same settings find their finished result again, changed ones
+    The folder is named after a hash of the settings: the same settings find their finished result again, changed ones
     don't.
 
     Args:
@@ -119,24 +119,32 @@ class TrainingJobGenerator(JobGenerator):
             ValueError: If the section or a model's entry has another key.
         """
         del prev_stage_result  # Unused argument.
-        combinations = []
-        for combination in get_iterator_from_grid_dict(args or {}):
-            _check_keys("benchmark", combination, {"model", "data", "seed", "image_size", "trainer"})
+        combinations = list(get_iterator_from_grid_dict(args or {}))
+        sizes, counts = (
+            len({combination.get(key) for combination in combinations}) > 1 for key in ("image_size", "train_images")
+        )
+        trainings = []
+        for combination in combinations:
+            _check_keys("benchmark", combination, {"model", "data", "seed", "image_size", "train_images", "trainer"})
             model, data = combination["model"], combination["data"]
             _check_keys("model", model, {"name", "class_path", "init_args", "image_size", "trainer", "data"})
-            combinations.append(
+            name = model.get("name", model["class_path"].split(".")[-1])
+            image_size, train_images = combination.get("image_size"), combination.get("train_images")
+            trainings.append(
                 {
-                    "model": {key: model[key] for key in ("name", "class_path", "init_args") if key in model},
+                    "name": name + f", {image_size} px" * sizes + f", {train_images} images" * counts,
+                    "model": {"name": name} | {key: model[key] for key in ("class_path", "init_args") if key in model},
                     "data": {**data, "init_args": data.get("init_args", {}) | model.get("data", {})},
                     "seed": combination.get("seed", 0),
-                    "image_size": model.get("image_size", combination.get("image_size")),
+                    "image_size": model.get("image_size", image_size),
+                    "train_images": train_images,
                     "accelerator": self.accelerator,
                     "trainer": combination.get("trainer", {}) | model.get("trainer", {}),
                 }
             )
-        for settings in sorted(combinations, key=lambda settings: (settings["seed"], json.dumps(settings["data"]))):
+        for settings in sorted(trainings, key=lambda settings: (settings["seed"], json.dumps(settings["data"]))):
             yield BenchmarkJob(
-                f"{model_name(settings)} {data_name(settings)} {settings['seed']}", settings, self.results_dir
+                f"{settings['name']} {data_name(settings)} {settings['seed']}", settings, self.results_dir
             )
 
 
@@ -149,11 +157,6 @@ def _check_keys(section: str, given: dict[str, Any], allowed: set[str]) -> None:
 def failed(row: dict[str, Any]) -> bool:
     """Return whether a row of the trainings holds an error instead of a result."""
     return isinstance(row.get("error"), str)  # not a number in a table where only others failed
-
-
-def model_name(settings: dict[str, Any]) -> str:
-    """Return the name of a job's model in the report."""
-    return settings["model"].get("name", settings["model"]["class_path"].split(".")[-1])
 
 
 def data_name(settings: dict[str, Any]) -> str:
@@ -175,10 +178,10 @@ class InferenceJobGenerator(JobGenerator):
         self.results_dir = results_dir
 
     def generate_jobs(self, args: dict | None = None, prev_stage_result: Any = None) -> Generator[Any, None, None]:
-        """Yield the job, if there is a trained model.
+        """Yield the job, if the comparison is asked for and there is a trained model.
 
         Args:
-            args (dict | None): ``image_size`` and ``rounds``.
+            args (dict | None): Section ``inference`` of the configuration.
             prev_stage_result (Any): Table of the trainings.
 
         Yields:
@@ -187,9 +190,9 @@ class InferenceJobGenerator(JobGenerator):
         models: dict[str, str] = {}
         for row in prev_stage_result.to_dict("records"):
             if not failed(row):
-                models.setdefault(model_name(row["settings"]), row["folder"])
-        if models:
-            yield BenchmarkJob("inference", {"models": models, **(args or {})}, self.results_dir)
+                models.setdefault(row["settings"]["name"], row["folder"])
+        if args and models:
+            yield BenchmarkJob("inference", {"models": models, "inference": args}, self.results_dir)
 
 
 class ProgressRunner(Runner):

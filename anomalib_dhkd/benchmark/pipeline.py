@@ -4,6 +4,7 @@
 
 import os
 from concurrent.futures import Executor, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ from anomalib.pipelines.components import Pipeline, Runner
 from jsonargparse import ArgumentParser, Namespace
 
 from .jobs import InferenceJobGenerator, ProgressRunner, TrainingJobGenerator, failed
-from .report import write_report
-from .work import parse
 
 OPTIONS = {"results_dir", "accelerator", "workers", "scheduler", "reported", "benchmark", "inference"}
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raise ``ModuleNotFoundError`` unless the packages of an extra of this one are installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        msg = f"{', '.join(missing)} must be installed for this benchmark: pip install 'anomalib-dhkd[{extra}]'."
+        raise ModuleNotFoundError(msg)
 
 
 class Benchmark(Pipeline):
@@ -59,6 +66,7 @@ class Benchmark(Pipeline):
         results_dir = Path(args["results_dir"])
         executor: Executor
         if args.get("scheduler"):
+            require("dask", "distributed")
             from distributed import Client  # noqa: PLC0415  # an optional extra
 
             client = Client(args["scheduler"])
@@ -81,14 +89,22 @@ class Benchmark(Pipeline):
         Raises:
             SystemExit: With status 1 if a job failed, after the report was written.
         """
+        require("benchmark", "jinja2", "matplotlib", "tabulate")
+        from .inference import InferenceSettings  # noqa: PLC0415  # takes time
+        from .report import write_report  # noqa: PLC0415  # needs the extra
+        from .work import parse  # noqa: PLC0415  # takes time
+
         settings = self._get_args(args)
+        inference_settings = settings.get("inference") or {}
+        if "INT8" in InferenceSettings.parse(inference_settings).precisions:
+            require("int8", "nncf")
         training, inference = self._setup_runners(settings)
         jobs: Any = training.generator(settings["benchmark"])
         for job in jobs:
             parse(job.settings)  # a wrong argument is found now, not after hours
         try:
             trainings = training.run(settings["benchmark"])
-            latencies = inference.run(settings.get("inference", {"image_size": 256, "rounds": 50}), trainings)
+            latencies = inference.run(inference_settings, trainings)
         except KeyboardInterrupt:
             print(  # noqa: T201
                 f"Interrupted. The same command goes on from the jobs finished in {settings['results_dir']}.",

@@ -2,23 +2,19 @@
 
 """The report of a benchmark: ``results.csv``, ``results.json``, ``results.md``, and all in one page ``report.html``."""
 
-import base64
-import io
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from anomalib.utils.config import flatten_dict
 from jinja2 import Environment, PackageLoader, select_autoescape
-from matplotlib.figure import Figure
-from PIL import Image
 
-from .jobs import data_name, failed, model_name
-from .work import MAP_SIZE, METRICS
+from .jobs import data_name, failed
+from .plots import embed, growth, plot_cases, plot_curves, plot_growth, plot_quality_and_latency
+from .work import METRICS
 
 COSTS = ["training [s]", "test [s]", "peak memory [GiB]", "peak GPU memory [GiB]", "epochs", "steps", "finished"]
 LEVELS = {"image_AUROC": "detection", "pixel_AUROC": "localisation"}
@@ -39,12 +35,19 @@ def flatten(trainings: pd.DataFrame) -> pd.DataFrame:
         trainings (pd.DataFrame): Results of the trainings.
 
     Returns:
-        pd.DataFrame: ``model``, ``data``, ``seed``, metrics, costs, ``error``, versions and hardware, ``folder``.
+        pd.DataFrame: ``model``, ``data``, ``seed``, metrics, costs, ``error``, versions and hardware, ``folder``;
+            ``kind`` is the model without the sizes that a grid gives it.
     """
     rows = []
     for row in trainings.to_dict("records"):
         settings, surroundings = row.pop("settings"), row.pop("environment", None)
-        name = {"model": model_name(settings), "data": data_name(settings), "seed": settings["seed"]}
+        name = {
+            "model": settings["name"],
+            "kind": settings["model"]["name"],
+            "data": data_name(settings),
+            "seed": settings["seed"],
+            "image size": settings["image_size"],
+        }
         rows.append(name | {"error": None} | row | (surroundings if isinstance(surroundings, dict) else {}))
     return pd.DataFrame(rows).drop(columns="title")
 
@@ -107,14 +110,14 @@ def differences(trainings: pd.DataFrame) -> pd.DataFrame:
             own.pop(same, None)
         # One data set stands for all.
         own["data"] = {key: value for key, value in settings["data"]["init_args"].items() if key != "category"}
-        rows[model_name(settings)] = {key: str(value) for key, value in flatten_dict(own).items()}
+        rows[settings["name"]] = {key: str(value) for key, value in flatten_dict(own).items()}
     table = pd.DataFrame.from_dict(rows, orient="index").fillna("default")
     return table.loc[:, (table != table.iloc[0]).any()].rename_axis("model").reset_index()
 
 
-def inference_rows(latencies: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return one row for each model and way of running it; none if the comparison failed."""
-    return [row for rows in latencies.get("rows", []) if isinstance(rows, list) for row in rows]
+def inference_table(latencies: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Return one part of the comparison of inference; empty if the comparison failed or there was none."""
+    return pd.DataFrame([row for rows in latencies.get(name, []) if isinstance(rows, list) for row in rows])
 
 
 def tables(trainings: pd.DataFrame, latencies: pd.DataFrame, with_reported: bool) -> dict[str, pd.DataFrame]:
@@ -126,12 +129,16 @@ def tables(trainings: pd.DataFrame, latencies: pd.DataFrame, with_reported: bool
         for metric in METRICS:
             found[f"{metric.replace('_', ' ')} [%]"] = quality(good, metric, with_reported)
         costs = good.groupby("model", sort=False)[[name for name in COSTS if good[name].notna().any()]].mean()
+        costs.insert(1, "times first", costs["training [s]"] / costs["training [s]"].iloc[0])
         found["Cost of training, mean over data and seeds"] = costs.map("{:.4g}".format).reset_index()
-    inference = inference_rows(latencies)
-    if inference:
-        found["Inference side by side"] = pd.DataFrame(inference).map(
-            lambda value: f"{value:.3g}" if isinstance(value, float) else value
-        )
+    for title, name in (
+        ("Inference side by side", "rows"),
+        ("Not exported, or not loaded by OpenVINO", "left_out"),
+        ("Time of one image by operation", "operations"),
+    ):
+        numbers = inference_table(latencies, name)
+        found[title] = numbers.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
+        found[title] = found[title].replace("nan", "")
     found["What differs between the models"] = differences(trainings)
     surroundings = [value for value in trainings.get("environment", []) if isinstance(value, dict)]
     found["Where it was measured"] = pd.DataFrame(surroundings).drop_duplicates().T.rename_axis("").reset_index()
@@ -151,86 +158,15 @@ def first_seed(trainings: pd.DataFrame) -> dict[str, dict[str, Path]]:
     for row in trainings.to_dict("records"):
         if not failed(row):
             of_data = folders.setdefault(data_name(row["settings"]), {})
-            of_data.setdefault(model_name(row["settings"]), Path(row["folder"]))
+            of_data.setdefault(row["settings"]["name"], Path(row["folder"]))
     return folders
 
 
-def plot_curves(folders: dict[str, Path]) -> Figure:
-    """Plot image ROC, pixel ROC and pixel PRO of the models on one data set."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-    titles = {"image_ROC": "Image ROC", "pixel_ROC": "Pixel ROC", "pixel_PRO": "Pixel PRO"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for model, folder in folders.items():
-            curves = np.load(folder / "curves.npz")
-            if name in curves:
-                axis.plot(*curves[name], label=model)
-        axis.set(
-            title=title,
-            xlabel="false-positive rate",
-            ylabel="region overlap" if "PRO" in name else "recall",
-            ylim=(0, 1.02),
-        )
-    axes[0].legend(loc="lower right")
-    figure.tight_layout()
-    return figure
-
-
-def plot_quality_and_latency(results: pd.DataFrame, latencies: pd.DataFrame) -> Figure:
-    """Plot the models' mean AUROC over the latency of one image in OpenVINO, else in PyTorch."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
-    means = 100 * results.groupby("model", sort=False)[list(LEVELS)].mean()
-    way = "OpenVINO f32" if (latencies["runs in"] == "OpenVINO f32").any() else "torch CPU"
-    latency = latencies[latencies["runs in"] == way].set_index("model")["latency [ms]"]
-    for axis, metric in zip(axes, LEVELS, strict=True):
-        for model in means.index.intersection(latency.index):
-            axis.plot(latency[model], means.loc[model, metric], "o")
-            axis.annotate(model, (latency[model], means.loc[model, metric]), xytext=(5, 4), textcoords="offset points")
-        axis.set(xlabel=f"latency of one image, {way} [ms]", ylabel=f"mean {metric.replace('_', ' ')} [%]")
-        axis.set_xlim(left=0)
-        axis.margins(x=0.2, y=0.2)
-    figure.tight_layout()
-    return figure
-
-
-def plot_cases(folders: dict[str, Path]) -> Figure:
-    """Show image, ground truth and every model's heat map of three anomalous images of one data set.
-
-    They are those that the first model finds best, in the middle and worst, by the pixel AUROC within the image.
-    """
-    found = {model: np.load(folder / "predictions.npz") for model, folder in folders.items()}
-    first = next(iter(found.values()))
-    anomalous = np.flatnonzero(~np.isnan(first["auroc"]))
-    ordered = anomalous[np.argsort(first["auroc"][anomalous])]
-    cases = {"best": ordered[-1], "median": ordered[len(ordered) // 2], "worst": ordered[0]} if len(ordered) else {}
-    columns = 2 + len(found)
-    figure, axes = plt.subplots(
-        max(1, len(cases)), columns, figsize=(1.7 * columns, 1.8 * max(1, len(cases))), squeeze=False
-    )
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    for row, (case, index) in zip(axes, cases.items(), strict=False):
-        path = Path(str(first["path"][index]))
-        with Image.open(path) as image:
-            row[0].imshow(image.convert("RGB").resize((4 * MAP_SIZE, 4 * MAP_SIZE)))
-        row[0].set_ylabel(f"{case}\n{path.parent.name}/{path.stem}", fontsize=8)
-        row[1].imshow(first["mask"][index], cmap="gray", vmin=0, vmax=255)
-        for axis, predictions in zip(row[2:], found.values(), strict=True):
-            # Models may read the images in another order.
-            (same,) = np.flatnonzero(predictions["path"] == str(path))
-            axis.imshow(predictions["map"][same], cmap="jet", vmin=0, vmax=255)
-            axis.set_xlabel(f"{predictions['auroc'][same]:.3f}", fontsize=8)
-    for axis, title in zip(axes[0], ("image", "ground truth", *found), strict=True):
-        axis.set_title(title, fontsize=9)
-    figure.tight_layout()
-    return figure
-
-
-def embed(figure: Figure) -> str:
-    """Return a figure as a data URI and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table as Markdown, whatever its texts contain."""
+    text = table.rename(columns=str).map(str)
+    text.columns = text.columns.str.replace("|", r"\|", regex=False)
+    return text.replace(r"\|", r"\\|", regex=True).to_markdown(index=False, disable_numparse=True)
 
 
 def write_report(
@@ -253,22 +189,25 @@ def write_report(
     (results_dir / "results.json").write_text(json.dumps(rows, indent=2))
     found = tables(trainings, latencies, reported)
     notes = [SLIPS] if reported else []
-    parts = [f"## {title}\n\n{table.to_markdown(index=False, disable_numparse=True)}" for title, table in found.items()]
+    parts = [f"## {title}\n\n{markdown(table)}" for title, table in found.items()]
     (results_dir / "results.md").write_text("\n\n".join(["# Benchmark", *parts, *notes]) + "\n")
 
+    plt.rcParams["text.parse_math"] = False  # a dollar sign in a name is no formula
     plots = {}
-    inference = inference_rows(latencies)
-    if inference:
-        figure = plot_quality_and_latency(results[results["error"].isna()], pd.DataFrame(inference))
-        plots["Quality and latency"] = embed(figure)
+    good = results[results["error"].isna()]
+    inference = inference_table(latencies, "rows")
+    if len(inference):
+        plots["Quality and latency"] = embed(plot_quality_and_latency(good, inference))
+    grown = growth(good)
+    if grown:
+        plots["Growth of training with images and pixels"] = embed(plot_growth(grown))
     for data, folders in first_seed(trainings).items():
         plots[f"{data}: curves, first seed"] = embed(plot_curves(folders))
-        plots[
-            f"{data}: best, median and worst case of {next(iter(folders))}, with the pixel AUROC within the image"
-        ] = embed(plot_cases(folders))
+        title = f"{data}: best, median and worst case of {next(iter(folders))}, with the pixel AUROC within the image"
+        plots[title] = embed(plot_cases(folders))
     environment = Environment(loader=PackageLoader("anomalib_dhkd.benchmark", "."), autoescape=select_autoescape())
     html = {title: table.to_html(index=False, border=0, classes="sortable") for title, table in found.items()}
     page = environment.get_template("report.html").render(tables=html, plots=plots, notes=notes)
     (results_dir / "report.html").write_text(page)
-    print(found.get("image AUROC [%]", found.get("Failed jobs")).to_markdown(index=False, disable_numparse=True))  # type: ignore[union-attr]  # noqa: T201
+    print(markdown(found.get("image AUROC [%]", found.get("Failed jobs"))))  # noqa: T201
     print(f"Report: {results_dir / 'report.html'}")  # noqa: T201

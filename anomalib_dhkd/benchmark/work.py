@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -18,46 +19,47 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import anomalib.data  # lets jsonargparse find data modules by their short names
-import anomalib.models  # noqa: F401  # likewise models
 import numpy as np
 import openvino as ov
 import torch
 import yaml
 from anomalib.data import AnomalibDataModule
-from anomalib.deploy import ExportType
+from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
+from anomalib.models import Cflow  # lets jsonargparse find all models by their short names
 from anomalib.models.components import AnomalibModule
 from anomalib.utils.serialization import anomalib_safe_globals
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Callback, seed_everything
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
-from sklearn.metrics import roc_auc_score, roc_curve
-from torch.nn import functional as F  # noqa: N812
+from lightning.pytorch.trainer.states import TrainerFn
+from torchvision.transforms.v2 import Resize
 
 from anomalib_dhkd import RankPreservingPostProcessor
 
-from .models import make_exportable
-from .speed import compare_inference, peak_memory
+from .inference import PRECISIONS, Backbone, InferenceSettings, compare
+from .predictions import FIELDS, PredictionRecorder, curves, predictions
 
 logger = logging.getLogger(__name__)
 
-FIELDS = {"image": ["pred_score", "gt_label"], "pixel": ["anomaly_map", "gt_mask"]}
 METRICS = {f"{level}_{metric.__name__}": (metric, level) for level in FIELDS for metric in (AUROC, AUPR, F1Max)} | {
     "pixel_AUPRO": (AUPRO, "pixel")
 }
 """Metrics by the names in the results, with their class and level; all on scores without ties."""
+OWN_ARGUMENTS: set[str | int] = {"accelerator", "callbacks", "default_root_dir", "devices", "enable_progress_bar"}
+"""The trainer's arguments that aren't the configuration's."""
 PACKAGES = ("anomalib-dhkd", "anomalib", "torch", "torchvision", "lightning", "timm", "openvino")
-MAP_SIZE = 64
-"""Rows and columns of the heat maps that are kept for the report."""
+COMPRESSION = {"f32": None, "INT8": CompressionType.INT8_PTQ}
+"""anomalib's compression of the exported files."""
 
 
 def parse(settings: dict[str, Any]) -> tuple[ArgumentParser, Namespace]:
-    """Check the model and the data of a job, as anomalib's command line does.
+    """Check the settings of a training, as anomalib's command line does.
 
     Args:
-        settings (dict[str, Any]): Settings with ``model`` and ``data``.
+        settings (dict[str, Any]): See :func:`train_and_test`.
 
     Returns:
         tuple[ArgumentParser, Namespace]: The parser and what it made of them, not instantiated.
@@ -65,11 +67,14 @@ def parse(settings: dict[str, Any]) -> tuple[ArgumentParser, Namespace]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(AnomalibModule, "model", required=True)
     parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
-    chosen = {
-        key: {name: settings[key][name] for name in ("class_path", "init_args") if name in settings[key]}
-        for key in ("model", "data")
-    }
-    return parser, parser.parse_object(chosen)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--image_size", type=PositiveInt | None)
+    parser.add_argument("--train_images", type=PositiveInt | None)
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=OWN_ARGUMENTS)
+    return parser, parser.parse_object(
+        {key: settings[key] for key in ("data", "seed", "image_size", "train_images", "trainer")}
+        | {"model": {key: value for key, value in settings["model"].items() if key != "name"}}
+    )
 
 
 def create(settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -96,6 +101,33 @@ def create(settings: dict[str, Any]) -> tuple[Any, Any]:
     return model, instances.data
 
 
+def load(folder: Path) -> tuple[Any, Any]:
+    """Return the model of a finished training, and its data."""
+    model, datamodule = create(yaml.safe_load((folder / "job.yaml").read_text()))
+    with anomalib_safe_globals(model.checkpoint_safe_globals()):  # hyper-parameters may be enumerations
+        path = json.loads((folder / "result.json").read_text())["checkpoint"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model, datamodule
+
+
+def repeat_images(datamodule: Any, count: int) -> None:
+    """Give a data module a number of training images, repeated where there are fewer."""
+    datamodule.prepare_data()
+    datamodule.setup(TrainerFn.FITTING)  # fit sets up no second time then
+    data = datamodule.train_data
+    data.samples = data.samples.iloc[np.arange(count) % len(data)].reset_index(drop=True)
+
+
+def peak_memory() -> float:
+    """Return the largest resident memory of this process so far in GiB (Linux).
+
+    ``getrusage`` would include what the parent process had when it started this one.
+    """
+    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kibibytes) / 1024**2
+
+
 def environment() -> dict[str, Any]:
     """Return versions, hardware and the revision of this package's repository."""
     folder = Path(__file__).parent
@@ -116,89 +148,55 @@ def environment() -> dict[str, Any]:
     }
 
 
-class PredictionRecorder(Callback):
-    """Keeps the predictions of a test, without the images."""
-
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
-
-    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args, **kwargs) -> None:
-        """Keep a batch, which anomalib's post-processor changes afterwards in place."""
-        del trainer, pl_module, args, kwargs  # Unused arguments.
-        outputs.image = outputs.image[:, :, :1, :1]
-        self.batches.append(outputs)
-
-
-def curves(batches: list[Any]) -> dict[str, np.ndarray]:
-    """Compute curves on a grid of 201 false-positive rates: ROC up to 1, PRO up to 0.3.
+def export(model: Any, folder: Path, file: str, image_size: int, datamodule: Any) -> Path:
+    """Export a model to OpenVINO.
 
     Args:
-        batches (list[Batch]): Predictions of all test images.
+        model (Any): A trained ``AnomalibModule``.
+        folder (Path): Folder for ``weights/openvino``.
+        file (str): A key of ``COMPRESSION``, which the file is named after.
+        image_size (int): Height and width of the images in pixels.
+        datamodule (Any): Images of this size for the ranges of INT8.
 
     Returns:
-        dict[str, np.ndarray]: ``image_ROC``, ``pixel_ROC`` and ``pixel_PRO``, each of shape ``(2, 201)``.
+        Path: File of the model (.xml), which is missing if the model can't be exported.
     """
-    found = {}
-    for level, (score, truth) in FIELDS.items():
-        scores, truths = (torch.cat([getattr(batch, field).flatten() for batch in batches]) for field in (score, truth))
-        if truths.unique().numel() == 2:
-            found[f"{level}_ROC"] = (1.0, *roc_curve(truths.cpu(), scores.cpu())[:2])
-    if "pixel_ROC" in found:
-        metric = AUPRO(fields=FIELDS["pixel"])
-        for batch in batches:
-            metric.update(batch)
-        maps = torch.cat([batch.anomaly_map for batch in batches])
-        rates, overlaps = metric.compute_pro(metric.perform_cca(), maps)
-        found["pixel_PRO"] = (0.3, rates.numpy(), overlaps.numpy())
-    grids = {name: np.linspace(0, limit, 201) for name, (limit, *_) in found.items()}
-    return {name: np.stack([grids[name], np.interp(grids[name], x, y)]) for name, (_, x, y) in found.items()}
-
-
-def predictions(batches: list[Any]) -> dict[str, np.ndarray]:
-    """Return what the report shows of each test image.
-
-    Args:
-        batches (list[Batch]): Predictions of all test images.
-
-    Returns:
-        dict[str, np.ndarray]: For ``N`` images ``path``, ``label``, ``score``; ``map`` and ``mask`` of shape
-            ``(N, 64, 64)`` with values 0 to 255; ``auroc``, each image's own pixel AUROC, not a number for good ones.
-    """
-
-    def small(images: torch.Tensor) -> np.ndarray:
-        images = F.interpolate(
-            images.reshape(len(images), 1, *images.shape[-2:]).float(), (MAP_SIZE, MAP_SIZE), mode="area"
+    # CFlow's forward moves its decoders to the images' device, which torch.export of PyTorch 2.15 refuses.
+    decoders: Any = model.model.decoders if isinstance(model, Cflow) else []
+    for decoder in decoders:
+        decoder.to = lambda _device, decoder=decoder: decoder
+    try:
+        Engine(default_root_dir=folder).export(
+            model,
+            ExportType.OPENVINO,
+            export_root=folder,
+            model_file_name=file,
+            input_size=(image_size, image_size),
+            compression_type=COMPRESSION[file],
+            datamodule=datamodule,
         )
-        return (255 * images[:, 0]).round().to(torch.uint8).cpu().numpy()
-
-    rows: dict[str, list[Any]] = {name: [] for name in ("path", "label", "score", "map", "mask", "auroc")}
-    for batch in batches:
-        rows["path"].append(np.array(batch.image_path))
-        rows["label"].append(batch.gt_label.cpu().numpy())
-        rows["score"].append(batch.pred_score.flatten().cpu().numpy())
-        rows["map"].append(small(batch.anomaly_map))
-        rows["mask"].append(small(batch.gt_mask))
-        rows["auroc"].append(
-            [
-                roc_auc_score(mask.flatten().cpu(), scores.flatten().cpu()) if mask.any() and not mask.all() else np.nan
-                for mask, scores in zip(batch.gt_mask, batch.anomaly_map, strict=True)
-            ]
-        )
-    return {name: np.concatenate(values) for name, values in rows.items()}
+    except Exception:  # it is measured in PyTorch all the same
+        logger.exception("The model can't be exported.")
+    for decoder in decoders:
+        del decoder.to
+    return folder / "weights" / "openvino" / f"{file}.xml"
 
 
 def train_and_test(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train a model, test its last weights, export it to OpenVINO.
+    """Train a model and test its last weights.
 
     Args:
-        settings (dict[str, Any]): ``model``, ``data``, ``seed``, ``image_size``, ``accelerator``, ``trainer``.
-        folder (Path): Folder for checkpoint, exported model, curves and predictions.
+        settings (dict[str, Any]): ``model``, ``data``, ``seed``, ``image_size``, ``train_images``, ``accelerator``,
+            ``trainer``.
+        folder (Path): Folder for checkpoint, curves and predictions.
 
     Returns:
         dict[str, Any]: Metrics, times, peak memory.
     """
     seed_everything(settings["seed"], workers=True)
     model, datamodule = create(settings)
+    if settings["train_images"]:
+        repeat_images(datamodule, settings["train_images"])
     recorder = PredictionRecorder()
     engine = Engine(
         callbacks=[recorder],
@@ -210,18 +208,13 @@ def train_and_test(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     start = time.perf_counter()
     engine.fit(model, datamodule)
-    trained = time.perf_counter()
-    (metrics,) = engine.test(model, datamodule)
-    tested = time.perf_counter()
     trainer: Any = engine.trainer
-    row = {
-        **{name: metrics.get(name) for name in METRICS},
-        "training [s]": trained - start,
-        "test [s]": tested - trained,
+    row: dict[str, Any] = {
+        "training [s]": time.perf_counter() - start,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "finished": not any(
-            (timer.time_remaining() or 1) <= 0 for timer in trainer.callbacks if isinstance(timer, Timer)
+            isinstance(timer, Timer) and (timer.time_remaining() or 0) <= 0 for timer in trainer.callbacks
         ),
         "train batch size": getattr(datamodule, "train_batch_size", None),
         "training images": len(datamodule.train_data),
@@ -230,39 +223,43 @@ def train_and_test(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         "peak GPU memory [GiB]": torch.cuda.max_memory_allocated() / 1024**3 if torch.cuda.is_available() else None,
         "checkpoint": engine.best_model_path,
     }
+    start = time.perf_counter()
+    (metrics,) = engine.test(model, datamodule)
+    row |= {"test [s]": time.perf_counter() - start} | {name: metrics.get(name) for name in METRICS}
     for name, arrays in (("curves", curves(recorder.batches)), ("predictions", predictions(recorder.batches))):
         np.savez_compressed(folder / f"{name}.npz", allow_pickle=False, **arrays)
-    make_exportable(model)
-    try:
-        size = (settings["image_size"],) * 2 if settings["image_size"] else None
-        engine.export(model, ExportType.OPENVINO, export_root=folder, model_file_name="f32", input_size=size)
-    except Exception as error:  # a model that can't be exported has been measured all the same
-        logger.exception("The model can't be exported.")
-        row["export error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return row
 
 
 def measure_inference(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Measure latency, throughput and size of trained models side by side.
+    """Export trained models to OpenVINO and measure them side by side.
 
     Args:
-        settings (dict[str, Any]): ``models``, folders of finished trainings by name; ``image_size`` and ``rounds``.
-        folder (Path): Unused.
+        settings (dict[str, Any]): ``models``, folders of finished trainings by name, and ``inference``.
+        folder (Path): Folder for the exported models.
 
     Returns:
-        dict[str, Any]: ``rows``, one for each model and way of running it.
+        dict[str, Any]: See :func:`anomalib_dhkd.benchmark.inference.compare`.
     """
-    del folder  # Unused argument.
-    networks, files = {}, {}
-    for name, trained in settings["models"].items():
-        result = json.loads((Path(trained) / "result.json").read_text())
-        networks[name], _ = create(yaml.safe_load((Path(trained) / "job.yaml").read_text()))
-        with anomalib_safe_globals(networks[name].checkpoint_safe_globals()):  # hyper-parameters may be enumerations
-            checkpoint = torch.load(result["checkpoint"], map_location="cpu", weights_only=True)
-        networks[name].load_state_dict(checkpoint["state_dict"])
-        files[name] = Path(trained) / "weights" / "openvino"
-    table = compare_inference(networks, files, settings["image_size"] or 256, settings["rounds"], ["OpenVINO f32"])
-    return {"rows": table.to_dict("records")}
+    chosen = InferenceSettings.parse(settings["inference"])
+    size = chosen.image_size
+    loaded = {name: load(Path(trained)) for name, trained in settings["models"].items()}
+    # Only a trainer tells a data module what size the model needs.
+    resize = Resize((size, size), antialias=True)
+    for _, datamodule in loaded.values():
+        datamodule.train_augmentations = datamodule.val_augmentations = datamodule.test_augmentations = resize
+        datamodule.prepare_data()
+        datamodule.setup()
+    datamodule = next(iter(loaded.values()))[1]
+    items = list(datamodule.test_data) if chosen.accuracy else []
+    if chosen.backbone:
+        loaded = {"bare backbone": (Backbone(**chosen.backbone), datamodule), **loaded}
+    needed = {PRECISIONS[precision][0] for precision in chosen.precisions}
+    files = {
+        name: {file: export(model, folder / str(index), file, size, datamodule) for file in needed}
+        for index, (name, (model, datamodule)) in enumerate(loaded.items())
+    }
+    return compare({name: model for name, (model, _) in loaded.items()}, files, chosen, items)
 
 
 def _end_with_parent() -> None:
@@ -280,7 +277,7 @@ def main(folder: Path) -> None:
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     settings = yaml.safe_load((folder / "job.yaml").read_text())
-    do = train_and_test if "model" in settings else measure_inference
+    do = measure_inference if "models" in settings else train_and_test
     try:
         result = do(settings, folder) | {"environment": environment()}
     except Exception as error:

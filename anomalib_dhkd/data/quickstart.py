@@ -99,7 +99,12 @@ class Quickstart(MVTecAD):
         scratch = Path(mkdtemp(dir=self.root, prefix=f".{self.category}-"))
         logger.info("Writing the quickstart images to %s", target)
         write_category(scratch, self.category, self.num_train, self.num_test, self.image_seed)
-        shutil.move(scratch, target)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            shutil.rmtree(scratch)  # another process was faster
 
 
 def write_category(folder: Path, category: str, num_train: int, num_test: int, seed: int) -> None:

@@ -3,7 +3,10 @@
 """``python -m anomalib_dhkd benchmark`` with the real models, small, on the quickstart data."""
 
 import contextlib
+import importlib
+import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,44 +19,55 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from jsonargparse import ArgumentError
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
+from anomalib_dhkd import Quickstart
+from anomalib_dhkd.benchmark.inference import can_be_loaded
+from anomalib_dhkd.benchmark.pipeline import Benchmark
 from anomalib_dhkd.benchmark.report import reported
-from anomalib_dhkd.benchmark.work import METRICS
-from tests.conftest import SMALL
+from anomalib_dhkd.benchmark.work import METRICS, measure_inference, train_and_test
+from tests.helpers import SMALL
 
-BACKBONE = {"backbone": "efficientnet_lite0_bundled", "layers": ["blocks.2", "blocks.4"]}
+BACKBONE = {"backbone": "efficientnet_lite0_bundled", "layers": ["blocks.1", "blocks.2"]}
 MODELS = {
-    "DHKD": {"class_path": "anomalib_dhkd.Dhkd", "init_args": SMALL | {"train_steps": 4}},
+    "DHKD": {"class_path": "anomalib_dhkd.Dhkd", "init_args": SMALL | BACKBONE | {"train_steps": 4}},
     "PaDiM": {
         "class_path": "Padim",
         "init_args": {**BACKBONE, "n_features": 50},
         "trainer": {"max_epochs": 1},
     },
-    "Stfpm": {"class_path": "Stfpm", "init_args": BACKBONE, "trainer": {"max_epochs": 1}},
-    "CFlow": {"class_path": "Cflow", "init_args": BACKBONE, "trainer": {"max_epochs": 1}},
+    "CFlow": {
+        "class_path": "Cflow",
+        "init_args": {**BACKBONE, "coupling_blocks": 1},
+        "trainer": {"max_epochs": 1},
+    },
     # Only found when the model is built.
     "broken": {"class_path": "Padim", "init_args": {"backbone": "no_such_backbone"}},
+}
+INFERENCE = {
+    "image_size": 64,
+    "rounds": 2,
+    "precisions": ["f32", "bf16"],
+    "backbone": BACKBONE,
+    "operations": True,
+    "accuracy": True,
 }
 
 
 def _configuration(folder: Path, root: Path, models: list[str], **changes: Any) -> Path:
+    data = {"root": str(root), "num_train": 8, "num_test": 2, "train_batch_size": 4, "num_workers": 0}
+    Quickstart(**data).prepare_data()  # before two workers do it at the same time
     settings = {
         "results_dir": str(folder / "results"),
         "benchmark": {
             "image_size": 64,
             "seed": 0,
             "model": {"grid": [{"name": name, **MODELS[name]} for name in models]},
-            "data": {
-                "class_path": "anomalib_dhkd.Quickstart",
-                "init_args": {
-                    "root": str(root), "num_train": 8, "num_test": 2, "train_batch_size": 4, "num_workers": 0
-                },
-            },
+            "data": {"class_path": "anomalib_dhkd.Quickstart", "init_args": data},
         },
-        "inference": {"image_size": 64, "rounds": 2},
         **changes,
-    }  # fmt: skip
+    }
     path = folder / "benchmark.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -68,23 +82,30 @@ def _run(configuration: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=configuration.parent, capture_output=True, text=True, check=False)
 
 
+def _run_here(configuration: Path, *options: str) -> None:
+    """Run the benchmark without a process of its own, which takes many seconds to start; its jobs have theirs."""
+    Benchmark().run(Benchmark.get_parser().parse_args(["--config", str(configuration), *options]))
+
+
 def _results(configuration: Path) -> pd.DataFrame:
     return pd.read_csv(configuration.parent / "results" / "results.csv").set_index("model")
 
 
 @pytest.fixture(scope="module")
-def serial(tmp_path_factory: pytest.TempPathFactory, quickstart_root: Path) -> Path:
-    """Configuration of a finished benchmark of all models, one job at a time."""
-    configuration = _configuration(tmp_path_factory.mktemp("serial"), quickstart_root, list(MODELS), reported=True)
-    completed = _run(configuration)
-    assert completed.returncode == 1, completed.stdout + completed.stderr  # one job is broken
-    assert "5 done, 0 running, 0 left" in completed.stdout
-    assert "broken Quickstart 0 failed" in completed.stdout
+def finished(tmp_path_factory: pytest.TempPathFactory, quickstart_root: Path) -> Path:
+    """Configuration of a finished benchmark of all models."""
+    folder = tmp_path_factory.mktemp("finished")
+    configuration = _configuration(folder, quickstart_root, list(MODELS), reported=True, inference=INFERENCE)
+    with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended:
+        _run_here(configuration, "--workers", "2")
+    assert ended.value.code == 1  # one job is broken
+    assert "4 done, 0 running, 0 left" in output.getvalue()
+    assert "broken Quickstart 0 failed" in output.getvalue()
     return configuration
 
 
-def test_results(serial: Path) -> None:
-    results = _results(serial)
+def test_results(finished: Path) -> None:
+    results = _results(finished)
     assert list(results.index) == list(MODELS)
     good = results.drop(index="broken")
     assert good[list(METRICS)].map(lambda value: 0 <= value <= 1).all(axis=None)
@@ -92,18 +113,72 @@ def test_results(serial: Path) -> None:
     assert good["error"].isna().all()
     assert "no_such_backbone" in results.loc["broken", "error"]
     assert good[["python", "torch", "anomalib", "openvino", "CPU", "cores"]].notna().all(axis=None)
-    rows = json.loads((serial.parent / "results" / "results.json").read_text())
+    rows = json.loads((finished.parent / "results" / "results.json").read_text())
     assert [row["settings"]["model"]["name"] for row in rows if row.get("settings", {}).get("model")] == list(MODELS)
     inference = pd.DataFrame(rows[-1]["rows"])
-    assert set(inference["model"]) == set(good.index)
+    assert set(inference["model"]) == {"bare backbone", *good.index}
     ways = {(row["model"], row["runs in"]) for row in rows[-1]["rows"]}
-    assert ways >= {(model, way) for model in good.index for way in ("torch CPU", "OpenVINO f32")}
+    assert ways >= {
+        (model, way)
+        for model in ("bare backbone", *good.index)
+        for way in ("torch CPU", "OpenVINO f32", "OpenVINO bf16")
+    }
     assert (inference[["latency [ms]", "images/s", "size [MB]"]] > 0).all(axis=None)
+    assert (inference.loc[inference["model"] == "bare backbone", "times first"] == 1).all()
+    assert (inference.loc[inference["model"] != "bare backbone", "times first"] > 0).all()
+    # What the exported files detect is what the test has found.
+    for precision, tolerance in (("f32", 0.1), ("bf16", 1)):
+        detected = inference[inference["runs in"] == f"OpenVINO {precision}"].set_index("model")
+        for model in ("DHKD", "PaDiM"):  # CFlow's scores depend on the other images of a batch
+            pixel = 100 * results.loc[model, "pixel_AUROC"]
+            assert detected.loc[model, "pixel AUROC [%]"] == pytest.approx(pixel, abs=tolerance)
+            image = 100 * results.loc[model, "image_AUROC"]
+            assert abs(detected.loc[model, "image AUROC [%]"] - image) < 100 * tolerance / 9  # two of 20 pairs in bf16
 
 
-def test_metrics_are_those_of_the_predictions(serial: Path) -> None:
+def test_time_by_operation(finished: Path) -> None:
+    rows = json.loads((finished.parent / "results" / "results.json").read_text())[-1]["operations"]
+    operations = pd.DataFrame(rows).set_index(["model", "operation"])
+    for model in ("bare backbone", "DHKD", "PaDiM", "CFlow"):
+        times = operations.loc[model]
+        assert "Convolution" in times.index
+        for precision in ("f32 [ms]", "bf16 [ms]"):
+            assert times.loc["all", precision] > times.loc["Convolution", precision] > 0
+            assert times.loc["all", precision] == pytest.approx(times[precision].drop("all").sum())
+    assert "MatMul" in operations.loc["DHKD"].index
+
+
+def test_a_training_that_takes_too_long_is_said_to_be_unfinished(finished: Path, tmp_path: Path) -> None:
+    results = _results(finished)
+    settings = yaml.safe_load((Path(results.loc["CFlow", "folder"]) / "job.yaml").read_text())
+    row = train_and_test(settings | {"trainer": {"max_epochs": 100, "max_time": "00:00:00:01"}}, tmp_path)
+    assert not row["finished"]
+    assert row["epochs"] < 100
+    assert results.drop(index="broken")["finished"].all()
+
+
+def test_int8(finished: Path, tmp_path: Path) -> None:
+    models = {"DHKD": _results(finished).loc["DHKD", "folder"]}
+    found = measure_inference({"models": models, "inference": INFERENCE | {"precisions": ["INT8"]}}, tmp_path)
+    rows = pd.DataFrame(found["rows"])
+    rows = rows[rows["runs in"] == "OpenVINO INT8"].set_index("model")
+    others = pd.DataFrame(json.loads((finished.parent / "results" / "results.json").read_text())[-1]["rows"])
+    others = others[others["runs in"] == "OpenVINO f32"].set_index("model")
+    operations = pd.DataFrame(found["operations"]).set_index(["model", "operation"])
+    for name in ("bare backbone", "DHKD"):
+        assert rows.loc[name, "size [MB]"] < others.loc[name, "size [MB]"]
+        assert operations.loc[(name, "all"), "INT8 [ms]"] > 0
+    assert rows.loc["DHKD", ["image AUROC [%]", "pixel AUROC [%]"]].between(0, 100).all()
+    assert found["left_out"] == []
+    (file,) = tmp_path.glob("1/weights/openvino/INT8.xml")
+    assert can_be_loaded(file, 64)
+    file.write_text(file.read_text()[:1000])
+    assert not can_be_loaded(file, 64)
+
+
+def test_metrics_are_those_of_the_predictions(finished: Path) -> None:
     """Against scikit-learn."""
-    results = _results(serial).drop(index="broken")
+    results = _results(finished).drop(index="broken")
     for row in results.itertuples():
         predictions = np.load(Path(row.folder) / "predictions.npz")
         assert row.image_AUROC == pytest.approx(roc_auc_score(predictions["label"], predictions["score"]), abs=1e-6)
@@ -116,16 +191,52 @@ def test_metrics_are_those_of_the_predictions(serial: Path) -> None:
         assert row.pixel_AUPRO == pytest.approx(auc(rates, overlap) / 0.3, abs=5e-3)
 
 
-def test_report(serial: Path) -> None:
-    page, text = ((serial.parent / "results" / name).read_text() for name in ("report.html", "results.md"))
+def _outside(page: str) -> list[str]:
+    """Return what a page would load from elsewhere."""
+    return [
+        target for target in re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"'\s>)]+)", page) if target[:5] != "data:"
+    ]
+
+
+def test_report(finished: Path) -> None:
+    page, text = ((finished.parent / "results" / name).read_text() for name in ("report.html", "results.md"))
+    titles = (
+        "image AUROC", "pixel AUPRO", "Cost of training", "Inference side by side", "Time of one image by operation",
+        "What differs",
+    )  # fmt: skip
     for content in (page, text):
-        for title in ("image AUROC", "pixel AUPRO", "Cost of training", "Inference side by side", "What differs"):
+        for title in titles:
             assert title in content
         assert "DHKD (reported by the authors, not reproduced)" in content
         assert "no_such_backbone" in content
     assert page.count("data:image/png;base64,") == 3  # quality and latency, curves, cases
+    assert _outside(page) == []
     assert "http://" not in page
     assert "https://" not in page
+
+
+def test_growth(quickstart_root: Path, tmp_path: Path) -> None:
+    """Over numbers of images, of which some are repeated, and over sizes, of a model with an awkward name."""
+    name = "<b>DHKD</b> $_ | 1"
+    configuration = _configuration(tmp_path, quickstart_root, ["DHKD"])
+    settings = yaml.safe_load(configuration.read_text())
+    settings["benchmark"]["model"]["grid"][0]["name"] = name
+    settings["benchmark"] |= {"image_size": {"grid": [64, 96]}, "train_images": {"grid": [6, 20]}}
+    configuration.write_text(yaml.safe_dump(settings))
+    _run_here(configuration, "--workers", "2")
+    results = _results(configuration)
+    assert list(results.index) == [f"{name}, {size} px, {count} images" for size in (64, 96) for count in (6, 20)]
+    assert list(results["training images"]) == [6, 20, 6, 20]
+    assert list(results["image size"]) == [64, 64, 96, 96]
+    assert (results["peak memory [GiB]"] > 0.1).all()
+    page, text = ((tmp_path / "results" / file).read_text() for file in ("report.html", "results.md"))
+    assert "Growth of training with images and pixels" in page
+    assert page.count("data:image/png;base64,") == 3  # growth, curves, cases
+    assert "&lt;b&gt;DHKD&lt;/b&gt; $_ | 1, 64 px, 6 images" in page
+    assert "<b>" not in page
+    assert _outside(page) == []
+    assert "<b>DHKD</b> $_ \\| 1, 64 px" in text
+    assert "Inference side by side" not in page
 
 
 def test_reported_figures() -> None:
@@ -151,8 +262,8 @@ def _works_in(folder: Path) -> bool:
     return False
 
 
-def test_killed_and_continued_by_two_workers(serial: Path, quickstart_root: Path, tmp_path: Path) -> None:
-    configuration = _configuration(tmp_path, quickstart_root, ["DHKD", "PaDiM", "Stfpm"])
+def test_killed_and_continued_by_two_workers(finished: Path, quickstart_root: Path, tmp_path: Path) -> None:
+    configuration = _configuration(tmp_path, quickstart_root, ["DHKD", "PaDiM", "CFlow"])
     results = tmp_path / "results"
     process = subprocess.Popen(
         _command(configuration), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
@@ -162,23 +273,22 @@ def test_killed_and_continued_by_two_workers(serial: Path, quickstart_root: Path
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (finished,) = results.glob("jobs/*/result.json")
-    before = finished.stat().st_mtime_ns
+    (first,) = results.glob("jobs/*/result.json")
+    before = first.stat().st_mtime_ns
     deadline = time.monotonic() + 30
     while _works_in(results):  # the job that ran ends with its parent
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not (results / "results.csv").exists()
 
-    completed = _run(configuration, "--workers", "2")
-    assert completed.returncode == 0, completed.stdout + completed.stderr
-    assert finished.stat().st_mtime_ns == before
+    _run_here(configuration, "--workers", "2")
+    assert first.stat().st_mtime_ns == before
     metrics = list(METRICS)
-    models = ["DHKD", "PaDiM", "Stfpm"]
-    pd.testing.assert_frame_equal(_results(configuration)[metrics], _results(serial).loc[models, metrics])
+    models = ["DHKD", "PaDiM", "CFlow"]
+    pd.testing.assert_frame_equal(_results(configuration)[metrics], _results(finished).loc[models, metrics])
 
 
-def test_dask_workers_give_the_same(serial: Path, quickstart_root: Path, tmp_path: Path) -> None:
+def test_dask_workers_give_the_same(finished: Path, quickstart_root: Path, tmp_path: Path) -> None:
     """With the commands that the README names."""
     pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
     file = tmp_path / "scheduler.json"
@@ -203,11 +313,11 @@ def test_dask_workers_give_the_same(serial: Path, quickstart_root: Path, tmp_pat
         completed = _run(configuration)
     assert completed.returncode == 0, completed.stdout + completed.stderr
     metrics = list(METRICS)
-    pd.testing.assert_frame_equal(_results(configuration)[metrics], _results(serial).loc[["DHKD", "PaDiM"], metrics])
+    pd.testing.assert_frame_equal(_results(configuration)[metrics], _results(finished).loc[["DHKD", "PaDiM"], metrics])
 
 
 def test_interrupt_keeps_what_is_finished(quickstart_root: Path, tmp_path: Path) -> None:
-    configuration = _configuration(tmp_path, quickstart_root, ["PaDiM", "Stfpm"])
+    configuration = _configuration(tmp_path, quickstart_root, ["PaDiM", "CFlow"])
     # Tests in the background of a script are deaf to SIGINT, and so would be what they start.
     command = ["env", "--default-signal=INT", *_command(configuration)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -227,7 +337,7 @@ def test_interrupt_keeps_what_is_finished(quickstart_root: Path, tmp_path: Path)
     not (shutil.which("chromium") and shutil.which("chromedriver")),
     reason="Chromium and its driver are not installed (`make browser`)",
 )
-def test_report_in_a_browser(serial: Path) -> None:
+def test_report_in_a_browser(finished: Path) -> None:
     from selenium import webdriver  # noqa: PLC0415
     from selenium.webdriver.common.by import By  # noqa: PLC0415
 
@@ -244,7 +354,7 @@ def test_report_in_a_browser(serial: Path) -> None:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
-        driver.get((serial.parent / "results" / "report.html").as_uri())
+        driver.get((finished.parent / "results" / "report.html").as_uri())
         assert driver.title == "Benchmark"
         pictures = driver.find_elements(By.TAG_NAME, "img")
         assert len(pictures) == 3
@@ -276,26 +386,57 @@ def test_report_in_a_browser(serial: Path) -> None:
         ({"acelerator": "cpu"}, "acelerator in the configuration must be some of accelerator, benchmark"),
         ({"accelerator": "tpu"}, "accelerator must be 'cpu' or 'cuda', got 'tpu'"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"inference": {"precisions": ["f64"]}}, "f64"),
+        ({"inference": {"round": 2}}, "round"),
     ],
 )
 def test_wrong_configuration_is_refused(
     changes: dict[str, Any], message: str, quickstart_root: Path, tmp_path: Path
 ) -> None:
-    completed = _run(_configuration(tmp_path, quickstart_root, ["PaDiM"], **changes))
-    assert completed.returncode != 0
-    assert message in " ".join(completed.stderr.split())
+    configuration = _configuration(tmp_path, quickstart_root, ["PaDiM"], **changes)
+    with pytest.raises((ValueError, ArgumentError), match=re.escape(message)):
+        _run_here(configuration)
     assert not (tmp_path / "results").exists()
 
 
-def test_wrong_argument_of_a_model_is_found_before_the_first_job(quickstart_root: Path, tmp_path: Path) -> None:
-    configuration = _configuration(tmp_path, quickstart_root, ["PaDiM", "Stfpm"])
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("init_args", "Option 'layer' is not accepted"),
+        ("trainer", "Group 'trainer' does not accept option 'layer'"),
+        (None, "model must have some of"),
+    ],
+)
+def test_wrong_argument_of_a_model_is_found_before_the_first_job(
+    section: str | None, message: str, quickstart_root: Path, tmp_path: Path
+) -> None:
+    configuration = _configuration(tmp_path, quickstart_root, ["PaDiM", "CFlow"])
     settings = yaml.safe_load(configuration.read_text())
     model = settings["benchmark"]["model"]["grid"][1]
-    for entry, message in ((model["init_args"], "Option 'layer' is not accepted"), (model, "model must have some of")):
-        entry["layer"] = "blocks.2"
-        configuration.write_text(yaml.safe_dump(settings))
-        completed = _run(configuration)
-        assert completed.returncode != 0
-        assert message in " ".join(completed.stderr.split())
-        del entry["layer"]
+    (model[section] if section else model)["layer"] = "blocks.2"
+    configuration.write_text(yaml.safe_dump(settings))
+    with pytest.raises((ValueError, ArgumentError), match=message):
+        _run_here(configuration)
     assert not (tmp_path / "results").exists()
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    quickstart_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package, extra in (("nncf", "int8"), ("distributed", "dask"), ("tabulate", "benchmark")):
+        monkeypatch.setitem(sys.modules, package, None)
+        configuration = _configuration(
+            tmp_path, quickstart_root, ["PaDiM"], inference={"precisions": ["INT8"]} if package == "nncf" else {},
+            scheduler="127.0.0.1:1",
+        )  # fmt: skip
+        with pytest.raises(ModuleNotFoundError, match=rf"{package} must be installed .*anomalib-dhkd\[{extra}\]"):
+            _run_here(configuration)
+    assert not (tmp_path / "results").exists()
+
+
+def test_other_subcommands_need_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("anomalib_dhkd.benchmark")]:
+        monkeypatch.delitem(sys.modules, module)
+    for package in ("jinja2", "tabulate", "nncf", "distributed"):
+        monkeypatch.setitem(sys.modules, package, None)
+    importlib.import_module("anomalib_dhkd.benchmark.pipeline")

@@ -8,6 +8,8 @@ import inspect
 import pkgutil
 from pathlib import Path
 
+import pytest
+
 import anomalib_dhkd
 
 PACKAGE = Path(anomalib_dhkd.__file__).parent
@@ -17,6 +19,7 @@ OVERRIDDEN = {
     ("Benchmark", "_setup_runners"),
 }
 """Methods of ours that replace private ones of anomalib."""
+
 
 def _is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
@@ -66,7 +69,7 @@ def test_no_private_name_of_another_library_is_touched() -> None:
     assert set().union(*map(reaches, files)) == set()
 
 
-def test_the_search_finds_reaches(tmp_path: Path, monkeypatch) -> None:
+def test_the_search_finds_reaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
     file = tmp_path / "reach.py"
     file.write_text(

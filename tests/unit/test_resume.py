@@ -167,6 +167,36 @@ def test_resumed_run_lands_in_the_right_phase(quickstart: Quickstart, tmp_path: 
         assert all(torch.equal(resumed.state_dict()[key], value) for key, value in statistics.items())
 
 
+def test_resumed_with_another_budget_is_said(
+    quickstart: Quickstart, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UnfinishedError):
+        fit(quickstart, tmp_path / "cut", small_dhkd(train_steps=8), callbacks=[TimeUp(2)])
+    (saved,) = (tmp_path / "cut").rglob("*.ckpt")
+    model = small_dhkd(train_steps=12)
+    engine, recorder = fit(quickstart, tmp_path / "resumed", model, ckpt_path=saved)
+    assert "Resumed with 6 steps of the teacher and 6 of the student, begun with 4 and 4" in caplog.text
+    assert recorder.phases == "ttttssssss"
+    _assert_finished(engine, model)
+
+
+def test_an_error_before_the_first_step_is_not_said_to_end_a_training(
+    quickstart: Quickstart, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match="needs at least 2"):
+        fit(quickstart, tmp_path, small_dhkd(), max_steps=1)
+    assert "Training ended" not in caplog.text
+
+
+def test_stopped_right_after_a_validation_the_checkpoint_is_finished(quickstart: Quickstart, tmp_path: Path) -> None:
+    """Early stopping ends the run after the epoch whose validation has saved it as unfinished."""
+    model = small_dhkd(train_steps=20)
+    stop = _early_stopping("student_loss")
+    engine, recorder = fit(quickstart, tmp_path, model, callbacks=[stop], check_val_every_n_epoch=2)
+    assert recorder.validations == [4, 8, 12, 16]
+    _assert_finished(engine, model)
+
+
 def test_train_tests_the_finished_model_and_not_what_it_was_resumed_from(
     quickstart: Quickstart, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 """The quickstart data set."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_an_interrupted_run_leaves_no_half_data_set(tmp_path: Path, monkeypatch:
     datamodule.prepare_data()
     mask = Image.open(datamodule.root / "brick" / "ground_truth" / "stain" / "000_mask.png")
     assert set(np.unique(mask)) == {0, 255}
+
+
+def test_two_at_once_write_one_data_set(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda _: Quickstart(root=tmp_path, num_train=4, num_test=1).prepare_data(), range(2)):
+            pass
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["brick"]
+    assert len(list(folder.rglob("*.png"))) == 4 + 6 + 5
 
 
 @pytest.mark.parametrize(("argument", "value"), [("category", "bottle"), ("num_train", 0), ("num_test", -1)])

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The pictures in the report of a benchmark."""
+
+import base64
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .predictions import MAP_SIZE
+
+AXES = ("image_AUROC", "pixel_AUROC")
+"""Metrics that are plotted over the latency."""
+
+
+def plot_curves(folders: dict[str, Path]) -> Figure:
+    """Plot image ROC, pixel ROC and pixel PRO of the models on one data set."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
+    titles = {"image_ROC": "Image ROC", "pixel_ROC": "Pixel ROC", "pixel_PRO": "Pixel PRO"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for model, folder in folders.items():
+            curves = np.load(folder / "curves.npz")
+            if name in curves:
+                axis.plot(*curves[name], label=model)
+        axis.set(
+            title=title,
+            xlabel="false-positive rate",
+            ylabel="region overlap" if "PRO" in name else "recall",
+            ylim=(0, 1.02),
+        )
+    axes[0].legend(loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
+def plot_quality_and_latency(results: pd.DataFrame, latencies: pd.DataFrame) -> Figure:
+    """Plot the models' mean AUROC over the latency of one image in OpenVINO, else in PyTorch."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    means = 100 * results.groupby("model", sort=False)[list(AXES)].mean()
+    way = "OpenVINO f32" if (latencies["runs in"] == "OpenVINO f32").any() else "torch CPU"
+    latency = latencies[latencies["runs in"] == way].set_index("model")["latency [ms]"]
+    for axis, metric in zip(axes, AXES, strict=True):
+        for model in means.index.intersection(latency.index):
+            axis.plot(latency[model], means.loc[model, metric], "o")
+            axis.annotate(model, (latency[model], means.loc[model, metric]), xytext=(5, 4), textcoords="offset points")
+        axis.set(xlabel=f"latency of one image, {way} [ms]", ylabel=f"mean {metric.replace('_', ' ')} [%]")
+        axis.set_xlim(left=0)
+        axis.margins(x=0.2, y=0.2)
+    figure.tight_layout()
+    return figure
+
+
+def growth(results: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """Find what was trained on several numbers of images or image sizes, all else the same.
+
+    Args:
+        results (pd.DataFrame): See :func:`flatten`, without errors.
+
+    Returns:
+        list[tuple[str, str, pd.DataFrame]]: Column that varies, name of what doesn't, and the rows.
+    """
+    results = results.assign(pixels=results["image size"].astype(float) ** 2)
+    found = []
+    for varied, fixed, unit in (("training images", "image size", "px"), ("pixels", "training images", "images")):
+        for (kind, data, value), rows in results.groupby(["kind", "data", fixed], sort=False):
+            if len(rows[varied].unique()) > 1:
+                found.append((varied, f"{kind}, {data}, {value:g} {unit}", rows.sort_values(varied)))
+    return found
+
+
+def plot_growth(found: list[tuple[str, str, pd.DataFrame]]) -> Figure:
+    """Plot time and memory of training over images and over pixels, each with its straight line (least squares)."""
+    columns = list(dict.fromkeys(varied for varied, *_ in found))
+    figure, axes = plt.subplots(2, len(columns), figsize=(5.5 * len(columns), 6), squeeze=False, sharex="col")
+    for varied, label, rows in found:
+        for axis, value in zip(axes[:, columns.index(varied)], ("training [s]", "peak memory [GiB]"), strict=True):
+            x, y = rows[varied].astype(float), rows[value].astype(float)
+            (points,) = axis.plot(x, y, "o", label=label)
+            axis.plot(x, np.polyval(np.polyfit(x, y, 1), x), "-", linewidth=1, color=points.get_color())
+            axis.set(xlabel=varied, ylabel=value, ylim=(0, None))
+    for axis in axes[0]:
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def plot_cases(folders: dict[str, Path]) -> Figure:
+    """Show image, ground truth and every model's heat map of three anomalous images of one data set.
+
+    They are those that the first model finds best, in the middle and worst, by the pixel AUROC within the image.
+    """
+    found = {model: np.load(folder / "predictions.npz") for model, folder in folders.items()}
+    first = next(iter(found.values()))
+    anomalous = np.flatnonzero(~np.isnan(first["auroc"]))
+    ordered = anomalous[np.argsort(first["auroc"][anomalous])]
+    cases = {"best": ordered[-1], "median": ordered[len(ordered) // 2], "worst": ordered[0]} if len(ordered) else {}
+    columns = 2 + len(found)
+    figure, axes = plt.subplots(
+        max(1, len(cases)), columns, figsize=(1.7 * columns, 1.8 * max(1, len(cases))), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for row, (case, index) in zip(axes, cases.items(), strict=False):
+        path = Path(str(first["path"][index]))
+        with Image.open(path) as image:
+            row[0].imshow(image.convert("RGB").resize((4 * MAP_SIZE, 4 * MAP_SIZE)))
+        row[0].set_ylabel(f"{case}\n{path.parent.name}/{path.stem}", fontsize=8)
+        row[1].imshow(first["mask"][index], cmap="gray", vmin=0, vmax=255)
+        for axis, predictions in zip(row[2:], found.values(), strict=True):
+            # Models may read the images in another order.
+            same = np.argmax(predictions["path"] == str(path))
+            axis.imshow(predictions["map"][same], cmap="jet", vmin=0, vmax=255)
+            axis.set_xlabel(f"{predictions['auroc'][same]:.3f}", fontsize=8)
+    for axis, title in zip(axes[0], ("image", "ground truth", *found), strict=True):
+        axis.set_title(title, fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def embed(figure: Figure) -> str:
+    """Return a figure as a data URI and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    plt.close(figure)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
