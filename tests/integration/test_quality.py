@@ -4,19 +4,16 @@
 
 from pathlib import Path
 
-import pytest
 from anomalib.engine import Engine
 
 from anomalib_dhkd import Dhkd, Quickstart
 
 
-@pytest.mark.parametrize("category", ["brick", "gravel"])
-def test_the_default_finds_the_quickstarts_defects(category: str, quickstart_root: Path, tmp_path: Path) -> None:
+def test_the_default_finds_the_quickstarts_defects(quickstart_root: Path, tmp_path: Path) -> None:
     """A hundred steps on 48 images, as a first try would be."""
-    datamodule = Quickstart(root=quickstart_root, category=category, num_train=48, num_test=6, num_workers=0)
+    datamodule = Quickstart(root=quickstart_root, num_train=48, num_test=6, num_workers=0)
     engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False)
     (result,) = engine.train(model=Dhkd(train_steps=100), datamodule=datamodule)
-    print({name: round(value, 4) for name, value in result.items()})  # noqa: T201
     assert result["image_AUROC"] >= 0.97
     assert result["pixel_AUROC"] >= 0.97
     assert result["pixel_AUPRO"] >= 0.9
