@@ -30,9 +30,9 @@ docs/quickstart.png: $(VENV)/installed
 		files = sorted(Path('$(RESULTS)/images/test').glob('[!g]*/000.png')); \
 		io.imsave('$@', numpy.vstack([io.imread(file) for file in files]))"
 
-# Linter, type checker, tests; how much of the package they run is printed at the end.
+# Linter, type checker, tests; how much of the package they run is printed at the end. Two processes share the files.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 # What is checked before each commit, too, once `make hooks` was called.
 lint: $(VENV)/installed

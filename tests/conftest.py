@@ -2,6 +2,7 @@
 
 """Fixtures shared by the tests."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from anomalib.engine import Engine
 
 from anomalib_dhkd import Dhkd, Quickstart
 from tests.helpers import SMALL, Trained, fit
+
+# The tests' networks are small, and two test processes share the cores; threads that wait for each other would spin.
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

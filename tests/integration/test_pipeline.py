@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from anomalib_dhkd import Dhkd, Quickstart
-from tests.helpers import SMALL, Trained, anomalib, openvino_differences
+from tests.helpers import SMALL, Trained, anomalib, fit, openvino_differences, small_dhkd
 
 
 def _images(datamodule: Quickstart) -> torch.Tensor:
@@ -146,21 +146,20 @@ def test_command_line(quickstart_root: Path, tmp_path: Path) -> None:
         assert all(np.asarray(Image.open(file)).std() > 1 for file in written)
 
 
-@pytest.mark.parametrize(
-    "trainer",
-    [
-        ["--trainer.precision=bf16-mixed"],
-        ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"],
-    ],
-    ids=["bf16", "two devices"],
-)
-def test_mixed_precision_and_several_devices(trainer: list[str], quickstart_root: Path, tmp_path: Path) -> None:
+def test_mixed_precision(quickstart: Quickstart, tmp_path: Path) -> None:
+    engine, recorder = fit(quickstart, tmp_path, small_dhkd(train_steps=8), precision="bf16-mixed")
+    assert recorder.phases == "ttttssss"
+    checkpoint = torch.load(engine.best_model_path, weights_only=True)
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+def test_several_devices(quickstart_root: Path, tmp_path: Path) -> None:
     model = ["--model", "anomalib_dhkd.Dhkd", *(f"--model.{key}={value}" for key, value in SMALL.items())]
     data = ["--data", "Quickstart", "--data.root", str(quickstart_root), "--data.num_train=8", "--data.num_test=2"]
     batches = ["--data.train_batch_size=2", "--data.num_workers=0", "--model.train_steps=8"]
-    output = anomalib(tmp_path, "train", *model, *data, *batches, "--trainer.accelerator=cpu", *trainer)
-    # Two devices halve the steps of an epoch and double the epochs.
-    assert f"DHKD trains for 8 steps ({4 if 'devices' in trainer[0] else 2} epochs)" in output
+    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
+    output = anomalib(tmp_path, "train", *model, *data, *batches, *devices)
+    assert "DHKD trains for 8 steps (4 epochs)" in output  # of 2 steps, half as many as with one device
     checkpoint = torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=False)
     assert checkpoint["global_step"] == 8
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())

@@ -27,9 +27,9 @@ def _flat(batches: list[Any], field: str) -> torch.Tensor:
 
 def test_auroc_of_normalised_scores_is_that_of_raw_scores(quickstart: Quickstart, tmp_path: Path) -> None:
     """Of PaDiM, whose distances are large: without normalisation the sigmoid in torchmetrics ties them."""
-    pre_processor: Any = Padim.configure_pre_processor((256, 256))
+    pre_processor: Any = Padim.configure_pre_processor((128, 128))
     model: Any = Padim(
-        "efficientnet_lite0_bundled", ["blocks.2", "blocks.4"], n_features=100, pre_processor=pre_processor
+        "efficientnet_lite0_bundled", ["blocks.2", "blocks.4"], n_features=50, pre_processor=pre_processor
     )
     engine = Engine(default_root_dir=tmp_path, max_epochs=1, enable_progress_bar=False)
     engine.fit(model, quickstart)
@@ -61,7 +61,7 @@ def test_auroc_of_normalised_scores_is_that_of_raw_scores(quickstart: Quickstart
     assert auroc(PostProcessor(enable_normalization=False))["image"] < raw["image"] - 0.01
 
     model.post_processor = rank_preserving
-    path = engine.export(model, ExportType.OPENVINO, export_root=tmp_path, input_size=(256, 256))
+    path = engine.export(model, ExportType.OPENVINO, export_root=tmp_path, input_size=(128, 128))
     compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     outputs = [compiled(image.numpy()) for image in images]
     for level, (score, truth) in LEVELS.items():
