@@ -229,7 +229,7 @@ def write_report(
         title = f"{data}: best, median and worst case of {next(iter(folders))}, with the pixel AUROC within the image"
         plots[title] = embed(plot_cases(folders))
     for data, folders in first_seed(changes).items():
-        title = f"{data}: the first defective image under each change, and the heat maps, yellow to red above the threshold"
+        title = f"{data}: first defective image under each change, heat maps yellow to red above the threshold"
         plots[title] = embed(plot_strip(folders))
     environment = Environment(loader=PackageLoader("anomalib_dhkd.benchmark", "."), autoescape=select_autoescape())
     page = environment.get_template("report.html").render(tables=html, plots=plots, notes=notes)

@@ -6,6 +6,7 @@ The process reads ``job.yaml`` in the folder and writes ``result.json`` there wh
 makes peak memory the job's own, and a crash in a library the end of this job only.
 """
 
+import copy
 import json
 import logging
 import os
@@ -68,6 +69,7 @@ def parse(settings: dict[str, Any]) -> tuple[ArgumentParser, Namespace]:
     parser.add_argument("--image_size", type=PositiveInt | None)
     parser.add_argument("--train_images", type=PositiveInt | None)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=OWN_ARGUMENTS)
+    settings = copy.deepcopy(settings)  # the parser changes lists of classes in place
     return parser, parser.parse_object(
         {key: settings[key] for key in ("data", "seed", "image_size", "train_images", "trainer")}
         | {"model": {key: value for key, value in settings["model"].items() if key != "name"}}
