@@ -93,9 +93,7 @@ def test_defocus_blur_of_adshift() -> None:
     np.testing.assert_allclose(_changed("ADShift defocus blur"), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "std"), [("noise 2 %", 0.02), ("noise 5 %", 0.05), ("ADShift Gaussian noise", 0.18)]
-)
+@pytest.mark.parametrize(("name", "std"), [("noise 2 %", 0.02), ("noise 5 %", 0.05), ("ADShift Gaussian noise", 0.18)])
 def test_noise(name: str, std: float) -> None:
     noise = _changed(name, _even(0.5)) - 0.5
     assert noise.std() == pytest.approx(std, rel=0.02)
