@@ -486,24 +486,6 @@ def test_wrong_argument_of_a_model_is_found_before_the_first_job(
     assert not (tmp_path / "results").exists()
 
 
-def test_each_entry_of_data_has_its_own_root_and_grid(quickstart_root: Path, tmp_path: Path) -> None:
-    configuration = _configuration(tmp_path, quickstart_root, ["PaDiM"])
-    settings = yaml.safe_load(configuration.read_text())
-    data = settings["benchmark"]["data"]
-    several = data | {"init_args": data["init_args"] | {"category": {"grid": ["brick", "grass"]}}}
-    other = data | {"init_args": data["init_args"] | {"category": "gravel"}}
-    settings["benchmark"]["data"] = {"grid": [several, other]}
-    configuration.write_text(yaml.safe_dump(settings))
-    roots = [str(tmp_path / "b"), str(tmp_path / "a")]
-    _run_here(configuration, "--workers", "2", "--root", *roots)
-    assert sorted(_results(configuration)["data"]) == ["brick", "grass", "gravel"]
-    assert sorted(str(path.relative_to(tmp_path)).split("/")[::2] for path in tmp_path.glob("[ab]/*/*")) == [
-        ["a", "gravel"], ["b", "brick"], ["b", "grass"]
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match=re.escape("root must be 2 folder(s), one for each entry of data")):
-        _run_here(configuration, "--root", roots[0])
-
-
 def test_a_package_that_is_missing_is_named_with_its_extra(
     quickstart_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
