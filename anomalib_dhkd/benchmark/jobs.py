@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Jobs of the benchmark, and the runner that has them done on one machine or on many."""
+"""Jobs of the benchmark."""
 
 import hashlib
 import json
@@ -8,20 +8,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Generator
-from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import pandas as pd
 import yaml
-from anomalib.pipelines.components import Job, JobGenerator, Runner
+from anomalib.pipelines.components import Job, JobGenerator
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class BenchmarkJob(Job):
-    """One training with its test, or one comparison of inference, in a process of its own.
+    """One training with its test, one test on changed images, or one comparison of inference, in a process of its own.
 
     The folder is named after a hash of the settings: the same settings find their finished result again, changed ones
     don't.
@@ -119,7 +116,11 @@ class TrainingJobGenerator(JobGenerator):
             ValueError: If the section or a model's entry has another key.
         """
         del prev_stage_result  # Unused argument.
-        combinations = list(get_iterator_from_grid_dict(args or {}))
+        combinations = [
+            combination | {"data": data}
+            for combination in get_iterator_from_grid_dict(args or {})
+            for data in get_iterator_from_grid_dict(combination["data"])  # each of several may have a grid of its own
+        ]
         sizes, counts = (
             len({combination.get(key) for combination in combinations}) > 1 for key in ("image_size", "train_images")
         )
@@ -195,85 +196,29 @@ class InferenceJobGenerator(JobGenerator):
             yield BenchmarkJob("inference", {"models": models, "inference": args}, self.results_dir)
 
 
-class ProgressRunner(Runner):
-    """Has jobs done by an executor and shows how many are done, running and left, with an estimate.
-
-    anomalib's own runners know no total, give up all results of a run that is cut off, and the parallel one keeps a
-    core busy with waiting.
+class RobustnessJobGenerator(JobGenerator):
+    """Makes a job for each trained model that tests it again on changed images.
 
     Args:
-        generator (JobGenerator): Makes the jobs.
-        executor (Executor): Does them: threads, each of which waits for a job's process, or a Dask client's executor.
-        workers (int): Number of jobs that the executor does at a time.
-        devices (int): Number of GPUs that local workers take turns on; 0 leaves the choice to the environment.
-            Defaults to ``0``.
+        results_dir (Path): Folder for the jobs.
     """
 
-    def __init__(self, generator: JobGenerator, executor: Executor, workers: int, devices: int = 0) -> None:
-        super().__init__(generator)
-        self.executor = executor
-        self.workers = workers
-        self.devices: SimpleQueue[int] | None = None
-        if devices:
-            self.devices = SimpleQueue()
-            for worker in range(workers):
-                self.devices.put(worker % devices)
+    job_class = BenchmarkJob
 
-    def _submit(self, job: BenchmarkJob) -> Future:
-        if self.devices is None:
-            return self.executor.submit(job.run)
-        return self.executor.submit(self._run_on_free_device, job, self.devices)
+    def __init__(self, results_dir: Path) -> None:
+        self.results_dir = results_dir
 
-    @staticmethod
-    def _run_on_free_device(job: BenchmarkJob, devices: SimpleQueue[int]) -> dict[str, Any]:
-        device = devices.get()
-        try:
-            return job.run(device)
-        finally:
-            devices.put(device)
-
-    def run(self, args: dict[str, Any], prev_stage_results: Any = None) -> pd.DataFrame:
-        """Have all jobs done.
+    def generate_jobs(self, args: dict | None = None, prev_stage_result: Any = None) -> Generator[Any, None, None]:
+        """Yield the jobs, if they are asked for.
 
         Args:
-            args (dict[str, Any]): Arguments of the generator.
-            prev_stage_results (Any): Results of the stage before.
+            args (dict | None): Section ``robustness`` of the configuration.
+            prev_stage_result (Any): Table of the trainings.
 
-        Returns:
-            pd.DataFrame: One row for each job, in the order of the jobs, with ``title``, ``settings`` and ``folder``.
+        Yields:
+            BenchmarkJob: Jobs, not begun.
         """
-        jobs: list[Any] = list(self.generator(args, prev_stage_results))
-        futures: dict[Future, BenchmarkJob] = {self._submit(job): job for job in jobs if not job.finished}
-        results = {job.folder: job.run() for job in jobs if job.finished}
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        ) as progress:
-            task = progress.add_task("", total=len(jobs), completed=len(results))
-
-            def show() -> None:
-                left = len(jobs) - len(results)
-                running = min(self.workers, left)
-                progress.update(
-                    task,
-                    completed=len(results),
-                    description=f"{len(results)} done, {running} running, {left - running} left",
-                )
-
-            show()
-            for future in as_completed(futures):
-                job = futures[future]
-                error = future.exception()
-                results[job.folder] = future.result() if error is None else {"error": repr(error)}
-                if "error" in results[job.folder]:
-                    progress.console.print(f"{job.title} failed: {results[job.folder]['error']}", markup=False)
-                show()
-        return self.generator.job_class.collect(
-            [
-                {"title": job.title, "folder": str(job.folder), "settings": job.settings, **results[job.folder]}
-                for job in jobs
-            ]
-        )
+        for row in prev_stage_result.to_dict("records") if args else []:
+            if not failed(row):
+                settings = {"trained": row["folder"], "robustness": args}
+                yield BenchmarkJob(f"{row['title']} robustness", settings, self.results_dir)

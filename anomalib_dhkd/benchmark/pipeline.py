@@ -12,9 +12,10 @@ import torch
 from anomalib.pipelines.components import Pipeline, Runner
 from jsonargparse import ArgumentParser, Namespace
 
-from .jobs import InferenceJobGenerator, ProgressRunner, TrainingJobGenerator, failed
+from .jobs import InferenceJobGenerator, RobustnessJobGenerator, TrainingJobGenerator, failed
+from .runner import ProgressRunner
 
-OPTIONS = {"results_dir", "accelerator", "workers", "scheduler", "reported", "benchmark", "inference"}
+OPTIONS = {"results_dir", "accelerator", "workers", "scheduler", "reported", "benchmark", "robustness", "inference"}
 
 
 def require(extra: str, *packages: str) -> None:
@@ -32,7 +33,7 @@ class Benchmark(Pipeline):
     def get_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
         """Add the options that replace those of the configuration."""
         parser = Pipeline.get_parser(parser)
-        parser.add_argument("--root", type=str | None, default=None, help="Folder of the data set.")
+        parser.add_argument("--root", type=str, nargs="+", help="Folder of the data set, or one for each in a grid.")
         parser.add_argument("--results_dir", type=str | None, default=None, help="Folder for jobs and report.")
         parser.add_argument("--workers", type=int | None, default=None, help="Jobs at a time on this machine.")
         return parser
@@ -47,7 +48,13 @@ class Benchmark(Pipeline):
             if args is not None and args.get(name) is not None:
                 settings[name] = args[name]
         if args is not None and args.get("root") is not None:
-            settings["benchmark"]["data"].setdefault("init_args", {})["root"] = args["root"]
+            data = settings["benchmark"]["data"]
+            entries = data.get("grid", [data])
+            if len(args["root"]) != len(entries):
+                msg = f"root must be {len(entries)} folder(s), one for each entry of data, got {args['root']}."
+                raise ValueError(msg)
+            for entry, root in zip(entries, args["root"], strict=True):
+                entry.setdefault("init_args", {})["root"] = root
         accelerator = settings.setdefault("accelerator", "cpu")
         if accelerator not in {"cpu", "cuda"}:
             msg = f"accelerator must be 'cpu' or 'cuda', got {accelerator!r}."
@@ -62,7 +69,7 @@ class Benchmark(Pipeline):
         return settings
 
     def _setup_runners(self, args: dict) -> list[Runner]:
-        """Return one runner for the trainings and one for comparing inference."""
+        """Return one runner for the trainings, one for the changed images and one for comparing inference."""
         results_dir = Path(args["results_dir"])
         executor: Executor
         if args.get("scheduler"):
@@ -77,6 +84,7 @@ class Benchmark(Pipeline):
             devices = torch.cuda.device_count() if args["accelerator"] == "cuda" else 0
         return [
             ProgressRunner(TrainingJobGenerator(results_dir, args["accelerator"]), executor, workers, devices),
+            ProgressRunner(RobustnessJobGenerator(results_dir), executor, workers, devices),
             ProgressRunner(InferenceJobGenerator(results_dir), executor, 1),
         ]
 
@@ -92,18 +100,23 @@ class Benchmark(Pipeline):
         require("benchmark", "jinja2", "matplotlib", "tabulate")
         from .inference import InferenceSettings  # noqa: PLC0415  # takes time
         from .report import write_report  # noqa: PLC0415  # needs the extra
+        from .robustness import parse_sets  # noqa: PLC0415  # takes time
         from .work import parse  # noqa: PLC0415  # takes time
 
         settings = self._get_args(args)
         inference_settings = settings.get("inference") or {}
         if "INT8" in InferenceSettings.parse(inference_settings).precisions:
             require("int8", "nncf")
-        training, inference = self._setup_runners(settings)
+        robustness_settings = settings.get("robustness") or {}
+        if robustness_settings:
+            parse_sets(robustness_settings)
+        training, robustness, inference = self._setup_runners(settings)
         jobs: Any = training.generator(settings["benchmark"])
         for job in jobs:
             parse(job.settings)  # a wrong argument is found now, not after hours
         try:
             trainings = training.run(settings["benchmark"])
+            changed = robustness.run(robustness_settings, trainings)
             latencies = inference.run(inference_settings, trainings)
         except KeyboardInterrupt:
             print(  # noqa: T201
@@ -111,6 +124,7 @@ class Benchmark(Pipeline):
                 flush=True,
             )
             os._exit(130)  # without waiting for the jobs that run, which end with this process
-        write_report(Path(settings["results_dir"]), trainings, latencies, reported=settings.get("reported", False))
-        if any(failed(row) for table in (trainings, latencies) for row in table.to_dict("records")):
+        results_dir, with_reported = Path(settings["results_dir"]), settings.get("reported", False)
+        write_report(results_dir, trainings, changed, latencies, reported=with_reported)
+        if any(failed(row) for table in (trainings, changed, latencies) for row in table.to_dict("records")):
             raise SystemExit(1)

@@ -5,6 +5,7 @@
 import base64
 import io
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -119,6 +120,25 @@ def plot_cases(folders: dict[str, Path]) -> Figure:
     for axis, title in zip(axes[0], ("image", "ground truth", *found), strict=True):
         axis.set_title(title, fontsize=9)
     figure.tight_layout()
+    return figure
+
+
+def plot_strip(folders: dict[str, Path]) -> Figure:
+    """Show one image of one data set under each change, and every model's heat map of it."""
+    found = {model: np.load(folder / "strip.npz") for model, folder in folders.items()}
+    first = next(iter(found.values()))
+    changes = first["change"]
+    figure, axes = plt.subplots(1 + len(found), len(changes), figsize=(1 + len(changes), 1.1 * (2 + len(found))))
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, change, image in zip(axes[0], changes, first["image"], strict=True):
+        axis.set_title(fill(change, 12), fontsize=8)
+        axis.imshow(image.transpose(1, 2, 0))
+    for row, (model, strip) in zip(axes[1:], found.items(), strict=True):
+        row[0].set_ylabel(fill(model, 14), fontsize=8)
+        for axis, heat_map in zip(row, strip["map"], strict=True):
+            axis.imshow(heat_map, cmap="jet", vmin=0, vmax=255)
+    figure.tight_layout(pad=0.3)
     return figure
 
 

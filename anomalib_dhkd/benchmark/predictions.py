@@ -56,6 +56,12 @@ def curves(batches: list[Any]) -> dict[str, np.ndarray]:
     return {name: np.stack([grids[name], np.interp(grids[name], x, y)]) for name, (_, x, y) in found.items()}
 
 
+def small(images: torch.Tensor, size: int = MAP_SIZE) -> np.ndarray:
+    """Return images of ``N x H x W`` values in [0, 1] as bytes of shape ``(N, size, size)``."""
+    images = F.interpolate(images.reshape(len(images), 1, *images.shape[-2:]).float(), (size, size), mode="area")
+    return (255 * images[:, 0]).round().to(torch.uint8).cpu().numpy()
+
+
 def predictions(batches: list[Any]) -> dict[str, np.ndarray]:
     """Return what the report shows of each test image.
 
@@ -66,13 +72,6 @@ def predictions(batches: list[Any]) -> dict[str, np.ndarray]:
         dict[str, np.ndarray]: For ``N`` images ``path``, ``label``, ``score``; ``map`` and ``mask`` of shape
             ``(N, 64, 64)`` with values 0 to 255; ``auroc``, each image's own pixel AUROC, not a number for good ones.
     """
-
-    def small(images: torch.Tensor) -> np.ndarray:
-        images = F.interpolate(
-            images.reshape(len(images), 1, *images.shape[-2:]).float(), (MAP_SIZE, MAP_SIZE), mode="area"
-        )
-        return (255 * images[:, 0]).round().to(torch.uint8).cpu().numpy()
-
     rows: dict[str, list[Any]] = {name: [] for name in ("path", "label", "score", "map", "mask", "auroc")}
     for batch in batches:
         rows["path"].append(np.array(batch.image_path))

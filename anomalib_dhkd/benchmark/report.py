@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The report of a benchmark: ``results.csv``, ``results.json``, ``results.md``, and all in one page ``report.html``."""
+"""The report of a benchmark: ``results.csv``, ``results.json``, ``results.md``, and all in one page ``report.html``.
+
+The tests on changed images, if there are any, are in ``robustness.csv`` too.
+"""
 
 import json
 from importlib import resources
@@ -13,7 +16,8 @@ from anomalib.utils.config import flatten_dict
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from .jobs import data_name, failed
-from .plots import embed, growth, plot_cases, plot_curves, plot_growth, plot_quality_and_latency
+from .plots import embed, growth, plot_cases, plot_curves, plot_growth, plot_quality_and_latency, plot_strip
+from .robustness import NOTE, flatten_rows, robustness_tables
 from .work import METRICS
 
 COSTS = ["training [s]", "test [s]", "peak memory [GiB]", "peak GPU memory [GiB]", "epochs", "steps", "finished"]
@@ -120,8 +124,13 @@ def inference_table(latencies: pd.DataFrame, name: str) -> pd.DataFrame:
     return pd.DataFrame([row for rows in latencies.get(name, []) if isinstance(rows, list) for row in rows])
 
 
-def tables(trainings: pd.DataFrame, latencies: pd.DataFrame, with_reported: bool) -> dict[str, pd.DataFrame]:
-    """Return all tables of the report by their titles; empty ones are left out."""
+def tables(
+    trainings: pd.DataFrame,
+    changed: pd.DataFrame,
+    latencies: pd.DataFrame,
+    with_reported: bool,
+) -> dict[str, pd.DataFrame]:
+    """Return all tables of the report but those of changed images by their titles; empty ones are left out."""
     results = flatten(trainings)
     good = results[results["error"].isna()]
     found: dict[str, pd.DataFrame] = {}
@@ -144,7 +153,7 @@ def tables(trainings: pd.DataFrame, latencies: pd.DataFrame, with_reported: bool
     found["Where it was measured"] = pd.DataFrame(surroundings).drop_duplicates().T.rename_axis("").reset_index()
     errors = [
         {"job": row["title"], "error": row["error"]}
-        for table in (trainings, latencies)
+        for table in (trainings, changed, latencies)
         for row in table.to_dict("records")
         if failed(row)
     ]
@@ -152,13 +161,18 @@ def tables(trainings: pd.DataFrame, latencies: pd.DataFrame, with_reported: bool
     return {title: table for title, table in found.items() if len(table)}
 
 
-def first_seed(trainings: pd.DataFrame) -> dict[str, dict[str, Path]]:
-    """Return the folders of the finished trainings with the first seed, by data and model."""
+def first_seed(results: pd.DataFrame) -> dict[str, dict[str, Path]]:
+    """Return the folders of the jobs with the first seed, by data and model.
+
+    Args:
+        results (pd.DataFrame): Finished jobs, with ``data``, ``model`` and ``folder``.
+
+    Returns:
+        dict[str, dict[str, Path]]: Folder of each model of each data set.
+    """
     folders: dict[str, dict[str, Path]] = {}
-    for row in trainings.to_dict("records"):
-        if not failed(row):
-            of_data = folders.setdefault(data_name(row["settings"]), {})
-            of_data.setdefault(row["settings"]["name"], Path(row["folder"]))
+    for row in results.to_dict("records"):
+        folders.setdefault(row["data"], {}).setdefault(row["model"], Path(row["folder"]))
     return folders
 
 
@@ -172,23 +186,32 @@ def markdown(table: pd.DataFrame) -> str:
 def write_report(
     results_dir: Path,
     trainings: pd.DataFrame,
+    changed: pd.DataFrame,
     latencies: pd.DataFrame,
     reported: bool = False,  # the configuration's name for it
 ) -> None:
-    """Write the four files and say where they are.
+    """Write the files and say where they are.
 
     Args:
         results_dir (Path): Folder for them.
         trainings (pd.DataFrame): Results of the trainings.
+        changed (pd.DataFrame): Results of the tests on changed images.
         latencies (pd.DataFrame): Results of the comparison of inference.
         reported (bool): Whether to show the authors' figures beside the measured ones. Defaults to ``False``.
     """
     results = flatten(trainings)
     results.to_csv(results_dir / "results.csv", index=False)
-    rows = json.loads(pd.concat([trainings, latencies]).to_json(orient="records"))
+    rows = json.loads(pd.concat([trainings, changed, latencies]).to_json(orient="records"))
     (results_dir / "results.json").write_text(json.dumps(rows, indent=2))
-    found = tables(trainings, latencies, reported)
+    found = tables(trainings, changed, latencies, reported)
+    html = {title: table.to_html(index=False, border=0, classes="sortable") for title, table in found.items()}
     notes = [SLIPS] if reported else []
+    changes = flatten_rows(changed)
+    if len(changes):
+        changes.to_csv(results_dir / "robustness.csv", index=False)
+        notes.append(NOTE)
+    for title, table, coloured in robustness_tables(changes):
+        found[title], html[title] = table, coloured
     parts = [f"## {title}\n\n{markdown(table)}" for title, table in found.items()]
     (results_dir / "results.md").write_text("\n\n".join(["# Benchmark", *parts, *notes]) + "\n")
 
@@ -201,12 +224,14 @@ def write_report(
     grown = growth(good)
     if grown:
         plots["Growth of training with images and pixels"] = embed(plot_growth(grown))
-    for data, folders in first_seed(trainings).items():
+    for data, folders in first_seed(good).items():
         plots[f"{data}: curves, first seed"] = embed(plot_curves(folders))
         title = f"{data}: best, median and worst case of {next(iter(folders))}, with the pixel AUROC within the image"
         plots[title] = embed(plot_cases(folders))
+    for data, folders in first_seed(changes).items():
+        title = f"{data}: first defective image under each change, heat maps yellow to red above the threshold"
+        plots[title] = embed(plot_strip(folders))
     environment = Environment(loader=PackageLoader("anomalib_dhkd.benchmark", "."), autoescape=select_autoescape())
-    html = {title: table.to_html(index=False, border=0, classes="sortable") for title, table in found.items()}
     page = environment.get_template("report.html").render(tables=html, plots=plots, notes=notes)
     (results_dir / "report.html").write_text(page)
     print(markdown(found.get("image AUROC [%]", found.get("Failed jobs"))))  # noqa: T201

@@ -6,21 +6,17 @@ The process reads ``job.yaml`` in the folder and writes ``result.json`` there wh
 makes peak memory the job's own, and a crash in a library the end of this job only.
 """
 
+import copy
 import json
 import logging
 import os
-import platform
-import re
-import subprocess
 import sys
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
 import torch
 import yaml
 from anomalib.data import AnomalibDataModule
@@ -39,8 +35,11 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_dhkd import RankPreservingPostProcessor
 
+from .environment import environment, peak_memory
 from .inference import PRECISIONS, Backbone, InferenceSettings, compare
+from .jobs import data_name
 from .predictions import FIELDS, PredictionRecorder, curves, predictions
+from .robustness import parse_sets, retest
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,6 @@ METRICS = {f"{level}_{metric.__name__}": (metric, level) for level in FIELDS for
 """Metrics by the names in the results, with their class and level; all on scores without ties."""
 OWN_ARGUMENTS: set[str | int] = {"accelerator", "callbacks", "default_root_dir", "devices", "enable_progress_bar"}
 """The trainer's arguments that aren't the configuration's."""
-PACKAGES = ("anomalib-dhkd", "anomalib", "torch", "torchvision", "lightning", "timm", "openvino")
 COMPRESSION = {"f32": None, "INT8": CompressionType.INT8_PTQ}
 """anomalib's compression of the exported files."""
 
@@ -71,6 +69,7 @@ def parse(settings: dict[str, Any]) -> tuple[ArgumentParser, Namespace]:
     parser.add_argument("--image_size", type=PositiveInt | None)
     parser.add_argument("--train_images", type=PositiveInt | None)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=OWN_ARGUMENTS)
+    settings = copy.deepcopy(settings)  # the parser changes lists of classes in place
     return parser, parser.parse_object(
         {key: settings[key] for key in ("data", "seed", "image_size", "train_images", "trainer")}
         | {"model": {key: value for key, value in settings["model"].items() if key != "name"}}
@@ -117,35 +116,6 @@ def repeat_images(datamodule: Any, count: int) -> None:
     datamodule.setup(TrainerFn.FITTING)  # fit sets up no second time then
     data = datamodule.train_data
     data.samples = data.samples.iloc[np.arange(count) % len(data)].reset_index(drop=True)
-
-
-def peak_memory() -> float:
-    """Return the largest resident memory of this process so far in GiB (Linux).
-
-    ``getrusage`` would include what the parent process had when it started this one.
-    """
-    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(kibibytes) / 1024**2
-
-
-def environment() -> dict[str, Any]:
-    """Return versions, hardware and the revision of this package's repository."""
-    folder = Path(__file__).parent
-    described = subprocess.run(  # noqa: S603
-        ["git", "-C", folder, "describe", "--always", "--dirty"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-        "system": platform.platform(terse=True),
-        "CPU": ov.Core().get_property("CPU", "FULL_DEVICE_NAME"),
-        "cores": os.cpu_count(),
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "git revision": described.stdout.strip() or None,  # None outside of a repository
-    }
 
 
 def export(model: Any, folder: Path, file: str, image_size: int, datamodule: Any) -> Path:
@@ -262,6 +232,23 @@ def measure_inference(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     return compare({name: model for name, (model, _) in loaded.items()}, files, chosen, items)
 
 
+def measure_robustness(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Test a trained model again on changed images.
+
+    Args:
+        settings (dict[str, Any]): ``trained``, folder of a finished training, and ``robustness``.
+        folder (Path): Folder for the strip of pictures.
+
+    Returns:
+        dict[str, Any]: ``model``, ``data`` and ``seed`` of the training, and ``rows``, one for each change.
+    """
+    trained = yaml.safe_load((Path(settings["trained"]) / "job.yaml").read_text())
+    seed_everything(trained["seed"], workers=True)  # a data module may split its images at random
+    model, datamodule = load(Path(settings["trained"]))
+    rows = retest(model, datamodule, parse_sets(settings["robustness"]), folder, trained["accelerator"])
+    return {"model": trained["name"], "data": data_name(trained), "seed": trained["seed"], "rows": rows}
+
+
 def _end_with_parent() -> None:
     # The parent holds the other end of the standard input; when it dies, however it dies, this read ends.
     while os.read(sys.stdin.fileno(), 1):
@@ -277,7 +264,8 @@ def main(folder: Path) -> None:
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     settings = yaml.safe_load((folder / "job.yaml").read_text())
-    do = measure_inference if "models" in settings else train_and_test
+    kinds = {"models": measure_inference, "trained": measure_robustness, "model": train_and_test}
+    do = next(do for key, do in kinds.items() if key in settings)
     try:
         result = do(settings, folder) | {"environment": environment()}
     except Exception as error:

@@ -18,15 +18,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
+from torchvision.transforms.v2.functional import resize
 
 from anomalib_dhkd import Quickstart
+from anomalib_dhkd.benchmark.changes import SETS, ChangeImages
 from anomalib_dhkd.benchmark.inference import can_be_loaded
 from anomalib_dhkd.benchmark.pipeline import Benchmark
 from anomalib_dhkd.benchmark.report import reported
-from anomalib_dhkd.benchmark.work import METRICS, measure_inference, train_and_test
+from anomalib_dhkd.benchmark.work import METRICS, load, measure_inference, train_and_test
 from tests.helpers import SMALL
 
 BACKBONE = {"backbone": "efficientnet_lite0_bundled", "layers": ["blocks.1", "blocks.2"]}
@@ -95,7 +98,8 @@ def _results(configuration: Path) -> pd.DataFrame:
 def finished(tmp_path_factory: pytest.TempPathFactory, quickstart_root: Path) -> Path:
     """Configuration of a finished benchmark of all models."""
     folder = tmp_path_factory.mktemp("finished")
-    configuration = _configuration(folder, quickstart_root, list(MODELS), reported=True, inference=INFERENCE)
+    sections = {"inference": INFERENCE, "robustness": {"sets": ["ADShift"]}}
+    configuration = _configuration(folder, quickstart_root, list(MODELS), reported=True, **sections)
     with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended:
         _run_here(configuration, "--workers", "2")
     assert ended.value.code == 1  # one job is broken
@@ -209,10 +213,71 @@ def test_report(finished: Path) -> None:
             assert title in content
         assert "DHKD (reported by the authors, not reproduced)" in content
         assert "no_such_backbone" in content
-    assert page.count("data:image/png;base64,") == 3  # quality and latency, curves, cases
+    assert page.count("data:image/png;base64,") == 4  # quality and latency, curves, cases, changed images
     assert _outside(page) == []
     assert "http://" not in page
     assert "https://" not in page
+
+
+def _changed_images(configuration: Path) -> pd.DataFrame:
+    return pd.read_csv(configuration.parent / "results" / "robustness.csv").set_index(["model", "change"])
+
+
+def test_changed_images(finished: Path) -> None:
+    changed, results = _changed_images(finished), _results(finished).drop(index="broken")
+    assert list(changed.index) == [
+        (model, change) for model in results.index for change in ("unchanged", *SETS["ADShift"])
+    ]
+    assert (changed["data"] == "Quickstart").all()
+    measures = ["image_AUROC", "pixel_AUROC", "pixel_AUPRO"]
+    values = changed[[*measures, "false alarms", "misses"]]
+    assert values.map(lambda value: 0 <= value <= 1).all(axis=None)
+    pd.testing.assert_frame_equal(changed.xs("unchanged", level="change")[measures], results[measures])
+    for model in results.index:
+        assert not changed.loc[model, "pixel_AUROC"].duplicated().any()
+
+
+def test_metrics_on_changed_images_are_those_of_the_model_on_them(finished: Path) -> None:
+    """By hand and scikit-learn: files are changed, then resized; the model's labels are those of its threshold."""
+    changed = _changed_images(finished)
+    for name in ("DHKD", "PaDiM"):  # CFlow's scores depend on the other images of a batch
+        model, datamodule = load(Path(_results(finished).loc[name, "folder"]))
+        datamodule.prepare_data()
+        datamodule.setup()
+        items = list(datamodule.test_data)
+        assert items[0].image.shape == (3, 256, 256)
+        pairs = [ChangeImages("ADShift Gaussian noise")(item.image, item.gt_mask) for item in items]
+        with torch.no_grad():
+            found = model.eval()(torch.stack([resize(image, [64, 64]) for image, _ in pairs]))
+        masks = torch.stack([resize(mask, [64, 64]) for _, mask in pairs])
+        labels = np.array([int(item.gt_label) for item in items])
+        row = changed.loc[name, "ADShift Gaussian noise"]
+        expected = roc_auc_score(labels, found.pred_score.flatten())
+        assert row["image_AUROC"] == pytest.approx(expected, abs=1e-6)
+        expected = roc_auc_score(masks.flatten(), found.anomaly_map.flatten())
+        assert row["pixel_AUROC"] == pytest.approx(expected, abs=1e-4)
+        alarms = found.pred_label.flatten().numpy()
+        assert row["false alarms"] == pytest.approx(alarms[labels == 0].mean())
+        assert row["misses"] == pytest.approx(1 - alarms[labels == 1].mean())
+
+
+def test_report_of_changed_images(finished: Path) -> None:
+    page, text = ((finished.parent / "results" / name).read_text() for name in ("report.html", "results.md"))
+    for content in (page, text):
+        for title in ("image AUROC [%] on", "pixel AUROC [%] on", "pixel AUPRO [%] on", "False alarms on", "Misses on"):
+            assert f"## {title} changed images" in content or f"<h2>{title} changed images" in content
+        assert "ADShift, mean" in content
+        assert "the deeper the red" in content
+    assert "background-color: rgba(220, 60, 40, " in page
+    assert "first defective image under each change" in page
+    # Each model has looked at the same image.
+    strips = [np.load(path) for path in sorted((finished.parent / "results").glob("jobs/*/strip.npz"))]
+    assert len(strips) == 3
+    for strip in strips:
+        assert list(strip["change"]) == ["unchanged", *SETS["ADShift"]]
+        assert np.array_equal(strip["image"], strips[0]["image"])
+        assert strip["image"].shape == (5, 3, 128, 128)
+        assert len({heat_map.tobytes() for heat_map in strip["map"]}) == 5
 
 
 def test_growth(quickstart_root: Path, tmp_path: Path) -> None:
@@ -357,7 +422,7 @@ def test_report_in_a_browser(finished: Path) -> None:
         driver.get((finished.parent / "results" / "report.html").as_uri())
         assert driver.title == "Benchmark"
         pictures = driver.find_elements(By.TAG_NAME, "img")
-        assert len(pictures) == 3
+        assert len(pictures) == 4
         assert all(int(picture.get_property("naturalWidth")) > 100 for picture in pictures)
         table = driver.find_element(By.CSS_SELECTOR, "table.sortable")
 
@@ -388,6 +453,7 @@ def test_report_in_a_browser(finished: Path) -> None:
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"inference": {"precisions": ["f64"]}}, "f64"),
         ({"inference": {"round": 2}}, "round"),
+        ({"robustness": {"sets": ["lines"]}}, "lines"),
     ],
 )
 def test_wrong_configuration_is_refused(

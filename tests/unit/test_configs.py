@@ -3,6 +3,7 @@
 """Every file in configs/ through the parser of the command that it is for."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from anomalib.cli.cli import AnomalibCLI
 
 from anomalib_dhkd import Dhkd
 from anomalib_dhkd.benchmark.jobs import TrainingJobGenerator
+from anomalib_dhkd.benchmark.pipeline import Benchmark
 from anomalib_dhkd.benchmark.work import parse
 from tests.helpers import REPOSITORY
 
@@ -68,3 +70,27 @@ def test_a_model_of_a_benchmark_may_have_its_own_image_size(tmp_path: Path) -> N
     }
     assert (sizes.pop("256 px"), sizes.pop("384 px")) == (256, 384)
     assert set(sizes.values()) == {config["benchmark"]["image_size"]}
+
+
+def test_each_entry_of_data_has_its_own_root_and_grid(tmp_path: Path) -> None:
+    arguments = ["--config", str(REPOSITORY / "configs" / "benchmark" / "robustness.yaml"), "--root"]
+    parser = Benchmark.get_parser()
+    settings = Benchmark()._get_args(parser.parse_args([*arguments, "mvtec", "aitex"]))
+    jobs = list(TrainingJobGenerator(tmp_path, "cpu")(settings["benchmark"]))
+    found = {tuple(job.settings["data"]["init_args"][key] for key in ("root", "category")) for job in jobs}
+    fabrics = {("aitex", "fabric_01"), ("aitex", "fabric_02")}
+    assert found == fabrics | {("mvtec", category) for category in ("bottle", "grid", "screw", "transistor")}
+    assert len({job.folder for job in jobs}) == len(jobs) == 7 * 6
+    message = "root must be 2 folder(s), one for each entry of data, got ['mvtec']"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Benchmark()._get_args(parser.parse_args([*arguments, "mvtec"]))
+
+
+def test_parsing_leaves_the_settings_as_they_are(tmp_path: Path) -> None:
+    """Some have classes in lists, which jsonargparse replaces in place."""
+    config = yaml.safe_load((REPOSITORY / "configs" / "benchmark" / "robustness.yaml").read_text())
+    jobs = {job.settings["name"]: job for job in TrainingJobGenerator(tmp_path, "cpu")(config["benchmark"])}
+    settings = jobs["MHPatchcore"].settings
+    before = yaml.safe_dump(settings)
+    parse(settings)
+    assert yaml.safe_dump(settings) == before
