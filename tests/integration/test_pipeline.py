@@ -20,9 +20,6 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from anomalib_dhkd import Dhkd, Quickstart
 from tests.helpers import SMALL, Trained, anomalib, fit, openvino_differences, small_dhkd
 
-# Tracing the exporters would more than double their time.
-pytestmark = pytest.mark.no_cover
-
 
 def _images(datamodule: Quickstart) -> torch.Tensor:
     return torch.stack([item.image for item in datamodule.test_data])
@@ -149,10 +146,13 @@ def test_command_line(quickstart_root: Path, tmp_path: Path) -> None:
         assert all(np.asarray(Image.open(file)).std() > 1 for file in written)
 
 
-def test_mixed_precision(quickstart: Quickstart, tmp_path: Path) -> None:
-    engine, recorder = fit(quickstart, tmp_path, small_dhkd(train_steps=8), precision="bf16-mixed")
+def test_mixed_precision(quickstart: Quickstart, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="anomalib_dhkd"):
+        engine, recorder = fit(quickstart, tmp_path, small_dhkd(train_steps=8), precision="bf16-mixed")
+    assert "DHKD trains for 8 steps (4 epochs)" in caplog.text
     assert recorder.phases == "ttttssss"
     checkpoint = torch.load(engine.best_model_path, weights_only=True)
+    assert checkpoint["global_step"] == 8
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
 
