@@ -32,7 +32,7 @@ docs/quickstart.png: $(VENV)/installed
 
 # Linter, type checker, tests; how much of the package they run is printed at the end. Two processes share the files.
 test: lint
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --cov=anomalib_dhkd --cov-report=term
 
 # What is checked before each commit, too, once `make hooks` was called.
 lint: $(VENV)/installed
@@ -50,7 +50,7 @@ browser:
 
 # Train on real MVTec AD images (MVTEC_ROOT, default ../shared/data/mvtec_ad); a quarter of an hour on two cores.
 test-mvtec: $(VENV)/installed
-	$(BIN)/pytest -m mvtec -s --no-cov
+	$(BIN)/pytest -m mvtec -s
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

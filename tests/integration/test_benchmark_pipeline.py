@@ -161,6 +161,7 @@ def test_a_training_that_takes_too_long_is_said_to_be_unfinished(finished: Path,
     assert results.drop(index="broken")["finished"].all()
 
 
+@pytest.mark.no_cover  # tracing the exporters would more than double their time
 def test_int8(finished: Path, tmp_path: Path) -> None:
     models = {"DHKD": _results(finished).loc["DHKD", "folder"]}
     found = measure_inference({"models": models, "inference": INFERENCE | {"precisions": ["INT8"]}}, tmp_path)

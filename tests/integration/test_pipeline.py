@@ -20,6 +20,9 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from anomalib_dhkd import Dhkd, Quickstart
 from tests.helpers import SMALL, Trained, anomalib, fit, openvino_differences, small_dhkd
 
+# Tracing the exporters would more than double their time.
+pytestmark = pytest.mark.no_cover
+
 
 def _images(datamodule: Quickstart) -> torch.Tensor:
     return torch.stack([item.image for item in datamodule.test_data])

@@ -18,6 +18,9 @@ from sklearn.metrics import roc_auc_score
 
 from anomalib_dhkd import Quickstart, RankPreservingPostProcessor
 
+# Tracing the exporters would more than double their time.
+pytestmark = pytest.mark.no_cover
+
 LEVELS = {"image": ("pred_score", "gt_label"), "pixel": ("anomaly_map", "gt_mask")}
 
 
