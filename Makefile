@@ -12,9 +12,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Train on images made on the spot, export to OpenVINO, say where things are.
+# Train on images made on the spot, test under another light, export to OpenVINO, say where things are.
 quickstart: $(VENV)/installed
 	$(BIN)/anomalib train --config configs/model/quickstart.yaml
+	@echo "The same model on test images under changed light:"
+	$(BIN)/anomalib test --config configs/model/quickstart.yaml --data.changed_light true \
+		--ckpt_path $(RESULTS)/weights/lightning/model.ckpt --default_root_dir $(CHANGED)
 	@$(BIN)/anomalib export --model anomalib_dhkd.Dhkd --export_type openvino \
 		--ckpt_path $(RESULTS)/weights/lightning/model.ckpt --export_root $(RESULTS) \
 		> $(RESULTS)/export.log 2>&1 || { cat $(RESULTS)/export.log; exit 1; }

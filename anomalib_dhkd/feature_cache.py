@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Features of the training images, kept so that images are decoded and sent through the backbone only once."""
+"""Features of the training images and their views, kept so that each goes through the backbone only once."""
 
 import itertools
 import logging
@@ -16,6 +16,8 @@ from anomalib.data import AnomalibDataModule
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import Resize
+
+from .views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +40,25 @@ class FeatureBatch:
 class FeatureDataset(Dataset):
     """Features of images in half precision, in memory, or in a memory-mapped temporary file if they need too much.
 
-    The file is in the folder of temporary files (``TMPDIR``) and vanishes with the data set.
+    The file is in the folder of temporary files (``TMPDIR``) and vanishes with the data set. An item is one of the
+    views of an image, drawn at each call.
 
     Args:
         length (int): Number of images.
         limit (float): Memory in GiB above which the file is used.
+        num_views (int): Views of each image, the unchanged one among them. Defaults to ``1``.
 
     Example:
-        >>> features = FeatureDataset(length=2, limit=1.0)
-        >>> features.append([torch.zeros(2, 8, 4, 4)])
+        >>> features = FeatureDataset(length=2, limit=1.0, num_views=3)
+        >>> features.append([torch.zeros(6, 8, 4, 4)])
         >>> features.__getitems__([1, 0, 1]).features[0].shape
         torch.Size([3, 8, 4, 4])
     """
 
-    def __init__(self, length: int, limit: float) -> None:
+    def __init__(self, length: int, limit: float, num_views: int = 1) -> None:
         self.length = length
         self.limit = limit
+        self.num_views = num_views
         self.file: mmap.mmap | None = None
         self._filled = 0
         self._scales: list[torch.Tensor] = []
@@ -65,7 +70,8 @@ class FeatureDataset(Dataset):
         """Keep the features of the next images.
 
         Args:
-            features (list[torch.Tensor]): A map of shape ``(B, C, h, w)`` a scale.
+            features (list[torch.Tensor]): A map of shape ``(B * num_views, C, h, w)`` a scale, all views of an image
+                after another.
 
         Raises:
             OSError: If a file is needed and its folder has too little space.
@@ -73,7 +79,7 @@ class FeatureDataset(Dataset):
         # Channels last, as the networks want them.
         rows = [feature.movedim(1, -1).to("cpu", torch.float16) for feature in features]
         if not self._scales:
-            self._scales = self._allocate([(self.length, *row.shape[1:]) for row in rows])
+            self._scales = self._allocate([(self.length * self.num_views, *row.shape[1:]) for row in rows])
         end = self._filled + len(rows[0])
         for scale, row in zip(self._scales, rows, strict=True):
             scale[self._filled : end] = row
@@ -89,10 +95,13 @@ class FeatureDataset(Dataset):
         Returns:
             FeatureBatch: Their features.
         """
-        rows = torch.as_tensor(indices)
+        images = torch.as_tensor(indices)
+        return FeatureBatch(self._rows(images * self.num_views + torch.randint(self.num_views, images.shape)))
+
+    def _rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
         features = [scale[rows].float().movedim(-1, 1) for scale in self._scales]
         self._release()
-        return FeatureBatch(features)
+        return features
 
     @staticmethod
     def collate_fn(batch: FeatureBatch) -> FeatureBatch:
@@ -100,9 +109,8 @@ class FeatureDataset(Dataset):
         return batch
 
     def batches(self, size: int) -> Iterator[list[torch.Tensor]]:
-        """Yield all features in the order of the images, ``size`` images at a time."""
-        for indices in torch.arange(self.length).split(size):
-            yield self.__getitems__(indices.tolist()).features
+        """Yield the features of all views in the order of the images, ``size`` of them at a time."""
+        yield from map(self._rows, torch.arange(self.length * self.num_views).split(size))
 
     def clear(self) -> None:
         """Let go of the features, and of the file; the trainer holds on to the data set itself."""
@@ -144,10 +152,18 @@ class FeatureCache(Callback):
 
     Args:
         limit (float | None): Memory in GiB above which a file is used; with ``None`` nothing is kept.
+        views (Views): Views of the images, which are kept beside them.
+
+    Raises:
+        ValueError: If ``limit`` is negative.
     """
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: float | None, views: Views) -> None:
+        if limit is not None and not limit >= 0:
+            msg = f"cache_limit must be at least 0 or None, got {limit!r}."
+            raise ValueError(msg)
         self.limit = limit
+        self.views = views
         self._kept: FeatureDataset | None = None
         self._images: Any = None
         self._num_workers = 0
@@ -162,7 +178,7 @@ class FeatureCache(Callback):
             logger.info("Features are extracted at every step, because %s.", reason)
             return
         self._images, self._num_workers = datamodule.train_data, datamodule.num_workers
-        self._kept = datamodule.train_data = FeatureDataset(len(self._images), self.limit or 0)
+        self._kept = datamodule.train_data = FeatureDataset(len(self._images), self.limit or 0, self.views.number + 1)
         datamodule.num_workers = 0  # a worker process would take longer to hand a batch over than to find it
 
     def _reason_against(self, trainer: Any, datamodule: Any) -> str:
@@ -188,7 +204,8 @@ class FeatureCache(Callback):
         """Extract the features of all training images."""
         if self._kept is None:
             return
-        logger.info("Extracting the features of %d training images.", len(self._images))
+        kept = self._kept
+        logger.info("Extracting the features of %d training images, %d views each.", len(kept), kept.num_views)
         loader = DataLoader(
             self._images,
             batch_size=trainer.datamodule.train_batch_size,
@@ -198,8 +215,22 @@ class FeatureCache(Callback):
         for features in self._extract(pl_module, loader):
             self._kept.append(features)
 
+    def features(self, batch: Any, pl_module: Any) -> list[torch.Tensor]:
+        """Return the features of a batch in training: each image's as it is, or of one of its views.
+
+        Args:
+            batch (Batch | FeatureBatch): Images, or features that were kept.
+            pl_module (Dhkd): Model whose backbone extracts what isn't kept.
+
+        Returns:
+            list[torch.Tensor]: A map of shape ``(B, C, h, w)`` a scale, as the backbone gives it.
+        """
+        if isinstance(batch, FeatureBatch):
+            return batch.features
+        return pl_module.model.features.extract(self.views.drawn(batch.image))
+
     def batches(self, trainer: Any, pl_module: Any) -> Iterator[list[torch.Tensor]]:
-        """Yield the features of the training images once, as the backbone gives them.
+        """Yield the features of the training images and all their views once, as the backbone gives them.
 
         Args:
             trainer (Trainer): Trainer within ``fit``.
@@ -215,14 +246,18 @@ class FeatureCache(Callback):
         for features in self._kept.batches(trainer.datamodule.train_batch_size):
             yield [feature.to(pl_module.device) for feature in features]
 
-    @staticmethod
     @torch.no_grad()
-    def _extract(pl_module: Any, batches: Iterable[Any]) -> Iterator[list[torch.Tensor]]:
-        """Yield the backbone's features of batches of images, as the training steps see them."""
+    def _extract(self, pl_module: Any, batches: Iterable[Any]) -> Iterator[list[torch.Tensor]]:
+        """Yield the backbone's features of batches of images, as the training steps see them, and of their views."""
         transform = getattr(pl_module.pre_processor, "transform", None)
+        first = 0
         for batch in batches:
-            image = batch.image.to(pl_module.device)
-            yield pl_module.model.features.extract(transform(image) if transform else image)
+            images = batch.image.to(pl_module.device)
+            images = transform(images) if transform else images
+            views = self.views.of(images, range(first, first + len(images)))
+            features = map(pl_module.model.features.extract, views)
+            yield [torch.stack(scale, dim=1).flatten(0, 1) for scale in zip(*features, strict=True)]
+            first += len(images)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the data module its images back."""

@@ -9,12 +9,8 @@ Example:
     >>> from anomalib.data import MVTecAD
     >>> from anomalib.engine import Engine
     >>> from anomalib_dhkd import Dhkd
-
     >>> engine = Engine()
     >>> engine.train(model=Dhkd(), datamodule=MVTecAD(category="bottle"))  # doctest: +SKIP
-
-See Also:
-    :class:`anomalib_dhkd.torch_model.DhkdModel`: PyTorch implementation of the model.
 """
 
 from collections.abc import Sequence
@@ -30,6 +26,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import nn
 from torch.optim import Adam
 from torchvision.transforms.v2 import Resize
 
@@ -41,6 +38,7 @@ from .metrics import ResponseShift, test_metrics
 from .post_processor import RankPreservingPostProcessor
 from .resume import ResumableMixin, TrainingEnd
 from .torch_model import DhkdModel
+from .views import Views
 
 LEARNING_RATE = 1e-2
 """Peak learning rate of Adam; a third of it detects the same, three times as much less."""
@@ -77,11 +75,15 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
             deviations of a channel; 0 switches it off. Defaults to ``0.2``.
         affinity_weight (float): Weight of the teacher-student affinity loss; 0 leaves it off.
             Defaults to ``0.0``, by measurement (``docs/log/results.md``).
-        num_gaussians (int): Local Gaussians of the mixture over the features of all layers, which takes the place of
-            teacher and student at the coarsest of several layers. 0 switches it off. Defaults to ``384``.
+        num_gaussians (int): Local Gaussians of each of the two mixtures over the features of all layers, plain and
+            averaged ones. 0 switches them off. Defaults to ``384``.
         image_score (str): How the image score is read off the anomaly map at the finest scale: ``"mean"``, ``"max"``,
             ``"topk"``, the mean of the highest hundredth of its positions, or ``"contrast"``, the same less half of the
             map's mean. Defaults to ``"contrast"``.
+        num_views (int): Changed views of each training image that are trained on beside the image itself, so that
+            other light is no defect; 0 for none. Defaults to ``3``.
+        view_transform (nn.Module | None): Makes a view of an image of shape ``(1, 3, H, W)``, as transforms of kornia
+            and torchvision do. Defaults to ``None``, for :func:`~anomalib_dhkd.views.light_views`.
         train_steps (int): Budget of optimiser steps for both phases together, at least 2. Defaults to ``400``.
         cache_limit (float | None): Features of the training images are extracted once and kept, in memory up to this
             many GiB, above it in a memory-mapped temporary file; ``None`` extracts them at every step, as is done with
@@ -110,6 +112,8 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
         affinity_weight: float = 0.0,
         num_gaussians: int = 384,
         image_score: Literal["mean", "max", "topk", "contrast"] = "contrast",
+        num_views: int = 3,
+        view_transform: nn.Module | None = None,
         train_steps: int = 400,
         cache_limit: float | None = 2.0,
         pre_processor: PreProcessor | bool = True,
@@ -120,7 +124,6 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
         for name, value, allowed, valid in (
             ("affinity_weight", affinity_weight, "at least 0", affinity_weight >= 0),
             ("train_steps", train_steps, "at least 2", train_steps >= 2),
-            ("cache_limit", cache_limit, "at least 0 or None", cache_limit is None or cache_limit >= 0),
         ):
             if not valid:
                 msg = f"{name} must be {allowed}, got {value!r}."
@@ -140,7 +143,7 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
             num_gaussians=num_gaussians,
             image_score=image_score,
         )
-        channels = self.model.distilled_channels
+        channels = self.model.features.channels
         self.teacher_shift = ResponseShift(channels) if self.model.teachers is not None else None
         self.student_shift = ResponseShift(channels) if self.model.students is not None else None
         self.flow_loss = FlowLoss()
@@ -148,7 +151,8 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
         self.affinity_loss = AffinityLoss() if affinity_weight else None
         self.affinity_weight = affinity_weight
         self.train_steps = train_steps
-        self.feature_cache = FeatureCache(cache_limit)
+        self.feature_cache = FeatureCache(cache_limit, Views(num_views, view_transform))
+        self.hparams.pop("view_transform", None)  # a checkpoint holds plain data; its model needs no more views
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -233,9 +237,7 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
         Returns:
             STEP_OUTPUT: Dictionary with the loss.
         """
-        image: Any = batch.image
-        features = batch.features if isinstance(batch, FeatureBatch) else self.model.features.extract(image)
-        features = self.model.features.standardise(features)
+        features = self.model.features.standardise(self.feature_cache.features(batch, self))
         losses: dict[str, Any] = {"phase": 1.0 if self.phase == "teacher" else 2.0}  # loggers take numbers only
         if self.phase == "teacher":
             loss = self.flow_loss(*self.model.teach(features))

@@ -10,7 +10,7 @@ at the same frozen features; where they disagree, the image is anomalous.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -18,7 +18,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
 from .anomaly_map import AnomalyMapGenerator
-from .components.features import FeaturePyramid
+from .components.features import FeaturePyramid, average
 from .components.mixture import FeatureMixture
 from .components.noise import add_region_noise
 from .components.student import DenoisingStudent
@@ -26,8 +26,13 @@ from .components.teacher import FlowTeacher
 
 POSITIONAL_CHANNELS = 32
 """Channels of the sinusoidal encoding of the position, which conditions teacher and student as in AST (WACV 2023)."""
-MIXTURE_SHARE = 0.6
-"""Weight of the mixture, which sees all layers, in the map; teacher and student share the rest."""
+MIXTURES = {"mixture": 0.4, "averaged_mixture": 0.3}
+"""One on the features as they are, which show what is fine; one on averaged ones, which suit parts that vary.
+
+Their weights in the map, beside those of teachers and students; all are scaled to a sum of 1.
+"""
+FINER, COARSEST = 0.1, 0.2
+"""Weights of teacher and student at all finer layers together, and at the coarsest one."""
 
 
 class Responses(NamedTuple):
@@ -35,12 +40,14 @@ class Responses(NamedTuple):
 
     Attributes:
         features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a layer.
-        teacher (list[torch.Tensor]): Latent variables of the flow at the layers that it has, of the features' shapes;
-            without a flow the features themselves.
+        averaged (list[torch.Tensor]): The same, averaged over neighbourhoods.
+        teacher (list[torch.Tensor]): Latent variables of the flow, of the features' shapes; without a flow what would
+            enter it.
         student (list[torch.Tensor]): Predictions of the teacher's; zeros without a student.
     """
 
     features: list[torch.Tensor]
+    averaged: list[torch.Tensor]
     teacher: list[torch.Tensor]
     student: list[torch.Tensor]
 
@@ -59,8 +66,7 @@ class DhkdModel(nn.Module):
             likelihood takes the place of their difference.
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
-        num_gaussians (int): Local Gaussians of the mixture over the features of all layers, which takes the place of
-            teacher and student at the coarsest, unless that is the only one; 0 for no mixture.
+        num_gaussians (int): Local Gaussians of each mixture over the features of all layers; 0 for no mixtures.
         image_score (str): See :class:`~anomalib_dhkd.anomaly_map.AnomalyMapGenerator`.
 
     Raises:
@@ -96,12 +102,13 @@ class DhkdModel(nn.Module):
         super().__init__()
         self.features = FeaturePyramid(backbone, layers, weights=weights)
         self.noise_std = noise_std
-        self.mixture = FeatureMixture(sum(self.features.channels), num_gaussians) if num_gaussians else None
-        last = -1 if num_gaussians and len(layers) > 1 else None
-        self.distilled_layers = list(layers[:last])
-        self.distilled_channels = self.features.channels[:last]
-        widths = [math.ceil(width * channels / self.distilled_channels[0]) for channels in self.distilled_channels]
-        networks = list(zip(self.distilled_channels, widths, strict=True))
+        channels = sum(self.features.channels)
+        self.mixtures: Any = nn.ModuleDict(
+            {name: FeatureMixture(channels, num_gaussians) for name in MIXTURES} if num_gaussians else {}
+        )
+        self.layers = list(layers)
+        widths = [math.ceil(width * channels / self.features.channels[0]) for channels in self.features.channels]
+        networks = list(zip(self.features.channels, widths, strict=True))
         self.teachers = (
             nn.ModuleList(
                 FlowTeacher(channels, POSITIONAL_CHANNELS, flow_steps, hidden) for channels, hidden in networks
@@ -117,16 +124,19 @@ class DhkdModel(nn.Module):
             if student_blocks
             else None
         )
-        share = (1 - MIXTURE_SHARE if num_gaussians else 1) / len(networks)
-        weight_of_map = dict.fromkeys(self.distilled_layers, share)
-        if num_gaussians:
-            weight_of_map["mixture"] = MIXTURE_SHARE
-        self.anomaly_map_generator = AnomalyMapGenerator(weight_of_map, image_score)
+        weights_of_maps = dict.fromkeys(layers[:-1], FINER / max(1, len(layers) - 1)) | {layers[-1]: COARSEST}
+        weights_of_maps |= {name: MIXTURES[name] for name in self.mixtures}
+        total = sum(weights_of_maps.values())
+        shares = {name: weight / total for name, weight in weights_of_maps.items()}
+        self.anomaly_map_generator = AnomalyMapGenerator(shares, image_score)
         self.to(memory_format=torch.channels_last)
 
-    def _distilled(self, features: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the features that have a teacher and a student, each with the encoding of its positions."""
-        for feature in features[: len(self.distilled_layers)]:
+    @staticmethod
+    def _inputs(
+        features: list[torch.Tensor], averaged: list[torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield what teacher and student see, at the coarsest layer averages, with the encoding of the positions."""
+        for feature in (*features[:-1], averaged[-1]):
             height, width = feature.shape[-2:]
             encoding = build_sincos2d_pos_embed([height, width], POSITIONAL_CHANNELS, device=feature.device)
             yield feature, encoding.mT.reshape(1, POSITIONAL_CHANNELS, height, width)
@@ -138,8 +148,8 @@ class DhkdModel(nn.Module):
             features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a layer.
 
         Returns:
-            tuple[list[torch.Tensor], list[torch.Tensor]]: For each layer that has a teacher, a latent map of the
-                features' shape and log-determinants of shape ``(B,)``.
+            tuple[list[torch.Tensor], list[torch.Tensor]]: For each layer, a latent map of the features' shape and
+                log-determinants of shape ``(B,)``.
 
         Raises:
             RuntimeError: If the model has no teacher.
@@ -147,7 +157,8 @@ class DhkdModel(nn.Module):
         if self.teachers is None:
             msg = "The model has no teacher (flow_steps is 0)."
             raise RuntimeError(msg)
-        outputs = [teacher(*inputs) for teacher, inputs in zip(self.teachers, self._distilled(features), strict=True)]
+        inputs = self._inputs(features, average(features))
+        outputs = [teacher(*pair) for teacher, pair in zip(self.teachers, inputs, strict=True)]
         return [latent for latent, _ in outputs], [log_det for _, log_det in outputs]
 
     def respond(self, features: list[torch.Tensor]) -> Responses:
@@ -159,7 +170,8 @@ class DhkdModel(nn.Module):
         Returns:
             Responses: The features and both networks' answers to them.
         """
-        inputs = list(self._distilled(features))
+        averaged = average(features)
+        inputs = list(self._inputs(features, averaged))
         latents = [feature for feature, _ in inputs]
         if self.teachers is not None:
             with torch.no_grad():
@@ -168,25 +180,26 @@ class DhkdModel(nn.Module):
                     for teacher, (feature, encoding) in zip(self.teachers, inputs, strict=True)
                 ]
         if self.students is None:
-            return Responses(features, latents, [torch.zeros_like(latent) for latent in latents])
+            return Responses(features, averaged, latents, [torch.zeros_like(latent) for latent in latents])
         if self.training and self.noise_std:
             inputs = [(add_region_noise(feature, self.noise_std), encoding) for feature, encoding in inputs]
         predictions = [student(*pair) for student, pair in zip(self.students, inputs, strict=True)]
-        return Responses(features, latents, predictions)
+        return Responses(features, averaged, latents, predictions)
 
     def distances(self, responses: Responses) -> dict[str, torch.Tensor]:
-        """Compute how anomalous each position is: how far teacher and student differ, how far the mixture is.
+        """Compute how anomalous each position is: how far teacher and student differ, how far the mixtures are.
 
         Args:
             responses (Responses): See :meth:`respond`.
 
         Returns:
             dict[str, torch.Tensor]: Means over channels of squared distances, a map of shape ``(B, 1, h, w)`` for each
-                layer that has a teacher or student, by its name, and ``"mixture"`` of the coarsest layer's shape.
+                layer, and for each mixture one of the coarsest layer's shape, by their names.
         """
-        pairs = zip(self.distilled_layers, responses.teacher, responses.student, strict=True)
+        pairs = zip(self.layers, responses.teacher, responses.student, strict=True)
         distances = {layer: (teacher - student).square().mean(dim=1, keepdim=True) for layer, teacher, student in pairs}
-        return distances if self.mixture is None else distances | {"mixture": self.mixture(responses.features)}
+        inputs = dict(zip(MIXTURES, (responses.features, responses.averaged), strict=True))
+        return distances | {name: mixture(inputs[name]) for name, mixture in self.mixtures.items()}
 
     def score(self, responses: Responses, image_size: tuple[int, int]) -> InferenceBatch:
         """Turn the responses to images into anomaly maps and image scores.
@@ -215,7 +228,7 @@ class DhkdModel(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Callable[[], Iterable[list[torch.Tensor]]]) -> None:
-        """Fit what is not trained by gradients: the mixture, then the statistics of the distances.
+        """Fit what is not trained by gradients: the mixtures, then the statistics of the distances.
 
         Args:
             batches (Callable[[], Iterable[list[torch.Tensor]]]): Gives the standardised features of the training
@@ -223,7 +236,7 @@ class DhkdModel(nn.Module):
         """
         training = self.training
         self.eval()
-        if self.mixture is not None:
-            self.mixture.fit(batches())
+        for name, mixture in self.mixtures.items():
+            mixture.fit(map(average, batches()) if name == "averaged_mixture" else batches())
         self.anomaly_map_generator.fit(self.distances(self.respond(features)) for features in batches())
         self.train(training)

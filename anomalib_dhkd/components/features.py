@@ -10,8 +10,12 @@ import timm
 import torch
 from timm.models import get_arch_name
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 from . import backbones  # noqa: F401  # registers the bundled backbones with timm
+
+NEIGHBOURHOOD = 3
+"""Rows and columns of a neighbourhood, over which features are averaged."""
 
 
 class FeaturePyramid(nn.Module):
@@ -116,6 +120,19 @@ class FeaturePyramid(nn.Module):
         for features in batches:
             self.standardise(features)
         self.statistics.eval()
+
+
+def average(features: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Average features over neighbourhoods, as PatchCore does (CVPR 2022); at the edge over what there is of them.
+
+    Args:
+        features (list[torch.Tensor]): A map of shape ``(B, C, h, w)`` a layer.
+
+    Returns:
+        list[torch.Tensor]: Maps of the same shapes.
+    """
+    padding = NEIGHBOURHOOD // 2
+    return [F.avg_pool2d(feature, NEIGHBOURHOOD, 1, padding, count_include_pad=False) for feature in features]
 
 
 def _layer_indices(backbone: str, layers: Sequence[str]) -> list[int]:

@@ -28,8 +28,9 @@ SIZE = 256
 class Quickstart(MVTecAD):
     """Data module of painted defects on texture photographs, in MVTec AD's folder layout.
 
-    The images are written once, to ``<root>/seed<seed>_<num_train>_<num_test>/<category>``, and are the same for the
-    same arguments on every machine with the same versions of numpy, scipy and scikit-image.
+    The images are written once, to ``<root>/seed<seed>_<num_train>_<num_test>/<category>`` (with ``_changed_light``
+    after the numbers if it is changed), and are the same for the same arguments on every machine with the same versions
+    of numpy, scipy and scikit-image.
 
     Args:
         root (Path | str | None): Folder for the images. Defaults to ``None``, anomalib's folder for data sets of this
@@ -42,6 +43,8 @@ class Quickstart(MVTecAD):
             Defaults to ``12``.
         seed (int): Seed of the images.
             Defaults to ``0``.
+        changed_light (bool): Whether the test images are as dimmer lamps that fall off to one side would show them.
+            Defaults to ``False``.
         train_batch_size (int): Defaults to ``16``.
         eval_batch_size (int): Defaults to ``16``.
         num_workers (int): Defaults to ``2``.
@@ -62,6 +65,7 @@ class Quickstart(MVTecAD):
         num_train: int = 96,
         num_test: int = 12,
         seed: int = 0,
+        changed_light: bool = False,
         train_batch_size: int = 16,
         eval_batch_size: int = 16,
         num_workers: int = 2,
@@ -76,7 +80,7 @@ class Quickstart(MVTecAD):
                 raise ValueError(msg)
         folder = Path(root) if root is not None else get_datasets_dir() / "Quickstart"
         super().__init__(
-            root=folder / f"seed{seed}_{num_train}_{num_test}",
+            root=folder / f"seed{seed}_{num_train}_{num_test}{'_changed_light' if changed_light else ''}",
             category=category,
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
@@ -87,6 +91,7 @@ class Quickstart(MVTecAD):
         self.num_train = num_train
         self.num_test = num_test
         self.image_seed = seed
+        self.changed_light = changed_light
 
     def prepare_data(self) -> None:
         """Write the images unless they are there."""
@@ -98,7 +103,7 @@ class Quickstart(MVTecAD):
         # An interrupted run must not leave half a data set behind: write aside, then move.
         scratch = Path(mkdtemp(dir=self.root, prefix=f".{self.category}-"))
         logger.info("Writing the quickstart images to %s", target)
-        write_category(scratch, self.category, self.num_train, self.num_test, self.image_seed)
+        write_category(scratch, self.category, self.num_train, self.num_test, self.image_seed, self.changed_light)
         try:
             scratch.rename(target)
         except OSError:
@@ -107,7 +112,9 @@ class Quickstart(MVTecAD):
             shutil.rmtree(scratch)  # another process was faster
 
 
-def write_category(folder: Path, category: str, num_train: int, num_test: int, seed: int) -> None:
+def write_category(
+    folder: Path, category: str, num_train: int, num_test: int, seed: int, changed_light: bool = False
+) -> None:
     """Write the images and masks of one category in MVTec AD's layout.
 
     Args:
@@ -116,6 +123,7 @@ def write_category(folder: Path, category: str, num_train: int, num_test: int, s
         num_train (int): Good images for training.
         num_test (int): Test images of each kind.
         seed (int): Seed of the images.
+        changed_light (bool): Whether the light of the test images is changed. Defaults to ``False``.
     """
     texture = getattr(data, category)() / 255.0
     kinds = [("train", "good", num_train), ("test", "good", num_test), *(("test", kind, num_test) for kind in DEFECTS)]
@@ -130,6 +138,8 @@ def write_category(folder: Path, category: str, num_train: int, num_test: int, s
             if kind != "good":
                 image, mask = DEFECTS[kind](rng, image)
                 _save(mask, masks / f"{index:03d}_mask.png")
+            if changed_light and split == "test":
+                image = change_light(rng, image)
             _save(image, images / f"{index:03d}.png")
 
 
@@ -148,6 +158,13 @@ def good_image(rng: np.random.Generator, texture: np.ndarray) -> np.ndarray:
     top, left = rng.integers(20, np.array(texture.shape) - SIZE - 20)
     crop = turned[top : top + SIZE, left : left + SIZE]
     return np.clip(crop * rng.uniform(0.92, 1.08), 0, 1)
+
+
+def change_light(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Dim an image by 5 to 20 %, and let the light fall off by up to 15 % more across it, in a random direction."""
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = np.sin(angle) * np.linspace(-1, 1, SIZE)[:, None] + np.cos(angle) * np.linspace(-1, 1, SIZE)
+    return image * rng.uniform(0.8, 0.95) * (1 - rng.uniform(0, 0.15) * (slope / np.abs(slope).max() + 1) / 2)
 
 
 def _blob(rng: np.random.Generator, radius: float) -> np.ndarray:

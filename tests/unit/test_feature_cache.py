@@ -39,6 +39,17 @@ def test_gives_back_what_it_was_given(limit: float, in_file: bool) -> None:
     assert picked.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_an_item_is_one_of_an_images_views() -> None:
+    """Image 10 i + view j."""
+    kept = FeatureDataset(4, 1.0, num_views=3)
+    numbers = torch.tensor([10.0 * image + view for image in range(4) for view in range(3)])
+    kept.append([numbers.reshape(12, 1, 1, 1)])
+    torch.testing.assert_close(torch.cat([batch[0] for batch in kept.batches(5)]).flatten(), numbers)
+    drawn = torch.stack([kept.__getitems__([2, 0]).features[0].flatten() for _ in range(50)])
+    assert set(drawn[:, 0].tolist()) == {20.0, 21.0, 22.0}
+    assert set(drawn[:, 1].tolist()) == {0.0, 1.0, 2.0}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells of memory")
 def test_the_file_does_not_count_as_memory() -> None:
     def resident() -> int:
@@ -75,7 +86,7 @@ def test_training_on_kept_features_is_training_on_images(
     losses = []
     for limit in (None, cache_limit):
         torch.manual_seed(0)
-        model = small_dhkd(train_steps=8, noise_std=0, cache_limit=limit)
+        model = small_dhkd(train_steps=8, noise_std=0, cache_limit=limit, num_views=0)
         _, recorder = fit(quickstart, tmp_path, model, callbacks=[Seed()], limit_val_batches=0)
         losses.append([step["loss"] for step in recorder.steps])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

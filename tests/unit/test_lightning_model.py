@@ -26,6 +26,7 @@ from tests.helpers import fit, small_dhkd
         ("num_gaussians", 1),
         ("num_gaussians", -2),
         ("image_score", "median"),
+        ("num_views", -1),
         ("train_steps", 1),
         ("cache_limit", -1.0),
     ],
@@ -42,7 +43,7 @@ def test_a_model_needs_teacher_or_student() -> None:
 
 def test_arguments_are_few() -> None:
     parameters = list(inspect.signature(Dhkd).parameters)
-    assert len(parameters) <= 17
+    assert len(parameters) <= 19
     assert parameters[-4:] == ["pre_processor", "post_processor", "evaluator", "visualizer"]
 
 
@@ -76,7 +77,7 @@ def test_switched_off_parts_take_no_part(
 def test_statistics_come_from_all_training_images_and_no_others(
     cache_limit: float | None, quickstart: Quickstart, tmp_path: Path
 ) -> None:
-    model = small_dhkd(train_steps=2, cache_limit=cache_limit)
+    model = small_dhkd(train_steps=2, cache_limit=cache_limit, num_views=0)
     fit(quickstart, tmp_path, model)
     images = next(iter(DataLoader(quickstart.train_data, batch_size=8, collate_fn=quickstart.train_data.collate_fn)))
     network = model.eval().model

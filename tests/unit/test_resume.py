@@ -57,7 +57,7 @@ def _assert_finished(engine: Engine, model: Dhkd) -> None:
         assert one.budget.student_steps > 0
         assert one.budget.total_steps == step
         assert (one.model.anomaly_map_generator.log_mean != 0).all()
-        assert one.model.mixture.means.abs().sum() > 0
+        assert one.model.mixtures["mixture"].means.abs().sum() > 0
         assert one.post_processor.image_threshold.isfinite()
         assert one.post_processor.pixel_threshold.isfinite()
     for name, value in model.state_dict().items():

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_dhkd.components.dual_domain import FrequencyBranch
+from anomalib_dhkd.components.features import average
 from anomalib_dhkd.torch_model import DhkdModel
 from tests.helpers import SMALL
 
@@ -56,11 +57,12 @@ def test_the_teacher_sees_clean_features() -> None:
     torch.testing.assert_close(model.respond(features).teacher, model.teach(features)[0], rtol=0, atol=0)
 
 
-def test_without_flow_the_student_learns_the_features() -> None:
+def test_without_flow_the_student_learns_the_features_averaged_at_the_coarsest_layer() -> None:
     model = _model(flow_steps=0)
     assert not [name for name, _ in model.named_parameters() if "teacher" in name]
     features = model.features(torch.rand(2, 3, 64, 64))
-    torch.testing.assert_close(model.respond(features).teacher, features, rtol=0, atol=0)
+    expected = [features[0], average(features)[1]]
+    torch.testing.assert_close(model.respond(features).teacher, expected, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="no teacher"):
         model.teach(features)
 
@@ -80,28 +82,31 @@ def test_without_student_the_map_is_the_teachers() -> None:
     torch.testing.assert_close(model(images).anomaly_map, model.anomaly_map_generator(maps, (64, 64)).anomaly_map)
 
 
-def test_the_mixture_takes_the_place_of_the_coarsest_teacher_and_student() -> None:
+def test_the_map_is_made_of_networks_and_mixtures() -> None:
     model = _model(num_gaussians=8, image_score="mean").eval()
-    assert model.mixture is not None
     images = torch.rand(2, 3, 64, 64)
     features = model.features(images)
+    averaged = average(features)
     responses = model.respond(features)
-    (latent,), (prediction,) = responses.teacher, responses.student
-    assert latent.shape == prediction.shape == features[0].shape
-    fine, coarse = (latent - prediction).square().mean(dim=1, keepdim=True), model.mixture(features)
-    torch.testing.assert_close(model.distances(responses), {"blocks.2": fine, "mixture": coarse})
-    averaged = 0.4 * fine.log() + 0.6 * F.interpolate(coarse.log(), size=fine.shape[-2:], mode="bicubic")
+    pairs = zip(responses.teacher, responses.student, strict=True)
+    fine, coarse = ((teacher - student).square().mean(dim=1, keepdim=True) for teacher, student in pairs)
+    plain, smooth = model.mixtures["mixture"](features), model.mixtures["averaged_mixture"](averaged)
+    assert coarse.shape == plain.shape == smooth.shape == (2, 1, 4, 4)
+    expected = {"blocks.2": fine, "blocks.4": coarse, "mixture": plain, "averaged_mixture": smooth}
+    torch.testing.assert_close(model.distances(responses), expected)
+    coarse_part = 0.2 * coarse.log() + 0.4 * plain.log() + 0.3 * smooth.log()
+    fused = 0.1 * fine.log() + F.interpolate(coarse_part, size=(8, 8), mode="bicubic")
     output = model(images)
-    expected = F.interpolate(averaged, size=(64, 64), mode="bilinear")
-    torch.testing.assert_close(output.anomaly_map, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(output.pred_score, averaged.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
+    expected_map = F.interpolate(fused, size=(64, 64), mode="bilinear")
+    torch.testing.assert_close(output.anomaly_map, expected_map, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.pred_score, fused.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
 
 
-def test_a_single_scale_has_teacher_student_and_mixture() -> None:
+def test_a_single_scale_has_teacher_student_and_mixtures() -> None:
     model = _model(layers=["blocks.4"], num_gaussians=8).eval()
     features = model.features(torch.rand(2, 3, 64, 64))
     shapes = {name: distance.shape for name, distance in model.distances(model.respond(features)).items()}
-    assert shapes == {"blocks.4": (2, 1, 4, 4), "mixture": (2, 1, 4, 4)}
+    assert shapes == dict.fromkeys(("blocks.4", "mixture", "averaged_mixture"), (2, 1, 4, 4))
 
 
 @pytest.mark.parametrize("num_gaussians", [0, 8])
@@ -114,8 +119,8 @@ def test_calibration_on_the_training_images(num_gaussians: int) -> None:
     logs = [distance.log() for distance in model.distances(model.respond(features)).values()]
     generator = model.anomaly_map_generator
     torch.testing.assert_close(generator.log_mean, torch.stack([log.mean() for log in logs]), rtol=1e-3, atol=1e-3)
-    if model.mixture is not None:
-        assert model.mixture.means.abs().sum() > 0
+    for mixture in model.mixtures.values():
+        assert mixture.means.abs().sum() > 0
 
 
 def test_without_frequency_branch_no_transform_is_left() -> None:
