@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,14 @@ def _until_unfinished(command: list[str], folder: Path) -> subprocess.Popen:
     """Start a training in a session of its own and wait until it has saved itself for the first time."""
     script = [str(Path(sys.executable).with_name("anomalib")), *command]
     process = subprocess.Popen(
-        script, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        script,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # Tests that run in the background ignore Ctrl-C, and their children would inherit that.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     while not _checkpoint(folder, "unfinished").exists():
         time.sleep(0.1)
