@@ -68,6 +68,22 @@ def test_images_are_written_once(quickstart: Quickstart) -> None:
     assert path.stat().st_mtime_ns == before
 
 
+def test_changed_light_is_that_of_the_test_images_alone(tmp_path: Path) -> None:
+    for name, changed_light in (("as it is", False), ("changed", True)):
+        write_category(tmp_path / name, "brick", num_train=2, num_test=2, seed=0, changed_light=changed_light)
+    before, after = tmp_path / "as it is", tmp_path / "changed"
+    for part in ("train", "ground_truth"):
+        assert _digest(before / part) == _digest(after / part)
+    paths = sorted(path.relative_to(before) for path in (before / "test").rglob("*.png"))
+    assert len(paths) == 2 * (1 + len(DEFECTS))
+    for path in paths:
+        one, other = (np.asarray(Image.open(folder / path), dtype=float) for folder in (before, after))
+        assert 0.68 < other.mean() / one.mean() < 0.96
+        assert np.corrcoef(one.flatten(), other.flatten())[0, 1] > 0.9
+    folders = {Quickstart(root=tmp_path, changed_light=changed_light).root for changed_light in (False, True)}
+    assert len(folders) == 2
+
+
 def test_an_interrupted_run_leaves_no_half_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object) -> None:
         (args[0] / "train").mkdir()
