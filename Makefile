@@ -23,7 +23,7 @@ quickstart: $(VENV)/installed
 		--ckpt_path $(RESULTS)/weights/lightning/model.ckpt --export_root $(RESULTS) \
 		> $(RESULTS)/export.log 2>&1 || { cat $(RESULTS)/export.log; exit 1; }
 	@echo
-	@echo "Scores:         the table above"
+	@echo "Scores:         the two tables above"
 	@echo "Heat maps:      $(RESULTS)/images/test"
 	@echo "Checkpoint:     $(RESULTS)/weights/lightning/model.ckpt"
 	@echo "OpenVINO model: $(RESULTS)/weights/openvino/model.xml"
@@ -33,14 +33,6 @@ docs/quickstart.png: $(VENV)/installed
 	$(BIN)/python -c "import numpy; from pathlib import Path; from skimage import io; \
 		files = sorted(Path('$(RESULTS)/images/test').glob('[!g]*/000.png')); \
 		io.imsave('$@', numpy.vstack([io.imread(file) for file in files]))"
-
-# The picture in docs/robustness.md: a defect of the quickstart's bricks under each change, and each model's heat map.
-docs/robustness.png: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m anomalib_dhkd benchmark --config configs/benchmark/quickstart.yaml --workers 2
-	$(BIN)/python -c "import pandas; from anomalib_dhkd.benchmark import plots, report; \
-		rows = pandas.read_csv('results/benchmark/quickstart/robustness.csv'); \
-		folders = report.first_seed(rows[rows['data'] == 'brick']); \
-		plots.plot_strip(folders['brick']).savefig('$@', dpi=70)"
 
 # Linter, type checker, tests; how much of the package they run is printed at the end. Two processes share the files.
 test: lint

@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     ("category", "image_auroc", "pixel_auroc"),
-    [("bottle", 0.99, 0.98), ("grid", 0.99, 0.98), ("screw", 0.96, 0.98)],
+    [("bottle", 0.99, 0.97), ("grid", 0.99, 0.98), ("screw", 0.96, 0.98)],
 )
 def test_train_and_export(
     category: str, image_auroc: float, pixel_auroc: float, tmp_path: Path, capsys: pytest.CaptureFixture
