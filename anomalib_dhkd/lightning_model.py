@@ -71,15 +71,14 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
             then takes the place of their difference, and the teacher trains for the whole budget. Defaults to ``1``.
         frequency_branch (bool): Reconstruct in the frequency domain too; ``False`` leaves the spatial domain alone.
             Defaults to ``False``, by measurement (``docs/log/results.md``).
-        noise_std (float): Standard deviation of the Gaussian noise on the student's features in training, in standard
-            deviations of a channel; 0 switches it off. Defaults to ``0.2``.
+        noise_std (float): Gaussian noise on the student's features in training, in standard deviations of a channel; 0
+            switches it off. Defaults to ``0.2``.
         affinity_weight (float): Weight of the teacher-student affinity loss; 0 leaves it off.
             Defaults to ``0.0``, by measurement (``docs/log/results.md``).
         num_gaussians (int): Local Gaussians of each of the two mixtures over the features of all layers, plain and
             averaged ones. 0 switches them off. Defaults to ``384``.
-        image_score (str): How the image score is read off the anomaly map at the finest scale: ``"mean"``, ``"max"``,
-            ``"topk"``, the mean of the highest hundredth of its positions, or ``"contrast"``, the same less half of the
-            map's mean. Defaults to ``"contrast"``.
+        image_score (str): How the image score is read off the map: ``"mean"``, ``"max"``, ``"topk"``, the mean of the
+            highest hundredth of its positions, or ``"contrast"``, the same less half of the mean, the default.
         num_views (int): Changed views of each training image that are trained on beside the image itself, so that
             other light is no defect; 0 for none. Defaults to ``3``.
         view_transform (nn.Module | None): Makes a view of an image of shape ``(1, 3, H, W)``, as transforms of kornia
