@@ -46,19 +46,19 @@ class FeatureDataset(Dataset):
     Args:
         length (int): Number of images.
         limit (float): Memory in GiB above which the file is used.
-        num_views (int): Views of each image, the unchanged one among them. Defaults to ``1``.
+        per_image (int): Items of each image: its own features and those of its views. Defaults to ``1``.
 
     Example:
-        >>> features = FeatureDataset(length=2, limit=1.0, num_views=3)
+        >>> features = FeatureDataset(length=2, limit=1.0, per_image=3)
         >>> features.append([torch.zeros(6, 8, 4, 4)])
         >>> features.__getitems__([1, 0, 1]).features[0].shape
         torch.Size([3, 8, 4, 4])
     """
 
-    def __init__(self, length: int, limit: float, num_views: int = 1) -> None:
+    def __init__(self, length: int, limit: float, per_image: int = 1) -> None:
         self.length = length
         self.limit = limit
-        self.num_views = num_views
+        self.per_image = per_image
         self.file: mmap.mmap | None = None
         self._filled = 0
         self._scales: list[torch.Tensor] = []
@@ -70,8 +70,8 @@ class FeatureDataset(Dataset):
         """Keep the features of the next images.
 
         Args:
-            features (list[torch.Tensor]): A map of shape ``(B * num_views, C, h, w)`` a scale, all views of an image
-                after another.
+            features (list[torch.Tensor]): A map of shape ``(B * per_image, C, h, w)`` a scale, all of an image after
+                another.
 
         Raises:
             OSError: If a file is needed and its folder has too little space.
@@ -79,7 +79,7 @@ class FeatureDataset(Dataset):
         # Channels last, as the networks want them.
         rows = [feature.movedim(1, -1).to("cpu", torch.float16) for feature in features]
         if not self._scales:
-            self._scales = self._allocate([(self.length * self.num_views, *row.shape[1:]) for row in rows])
+            self._scales = self._allocate([(self.length * self.per_image, *row.shape[1:]) for row in rows])
         end = self._filled + len(rows[0])
         for scale, row in zip(self._scales, rows, strict=True):
             scale[self._filled : end] = row
@@ -96,7 +96,7 @@ class FeatureDataset(Dataset):
             FeatureBatch: Their features.
         """
         images = torch.as_tensor(indices)
-        return FeatureBatch(self._rows(images * self.num_views + torch.randint(self.num_views, images.shape)))
+        return FeatureBatch(self._rows(images * self.per_image + torch.randint(self.per_image, images.shape)))
 
     def _rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
         features = [scale[rows].float().movedim(-1, 1) for scale in self._scales]
@@ -110,7 +110,7 @@ class FeatureDataset(Dataset):
 
     def batches(self, size: int) -> Iterator[list[torch.Tensor]]:
         """Yield the features of all views in the order of the images, ``size`` of them at a time."""
-        yield from map(self._rows, torch.arange(self.length * self.num_views).split(size))
+        yield from map(self._rows, torch.arange(self.length * self.per_image).split(size))
 
     def clear(self) -> None:
         """Let go of the features, and of the file; the trainer holds on to the data set itself."""
@@ -204,8 +204,9 @@ class FeatureCache(Callback):
         """Extract the features of all training images."""
         if self._kept is None:
             return
-        kept = self._kept
-        logger.info("Extracting the features of %d training images, %d views each.", len(kept), kept.num_views)
+        logger.info(
+            "Extracting the features of %d training images and %d views of each.", len(self._images), self.views.number
+        )
         loader = DataLoader(
             self._images,
             batch_size=trainer.datamodule.train_batch_size,

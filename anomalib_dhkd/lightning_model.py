@@ -253,7 +253,7 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
         return {"loss": loss}
 
     def calibrate(self) -> None:
-        """Fit the mixture and the statistics of the distances to the training images, as the networks are now."""
+        """Fit the mixtures and the statistics of the distances to the training images, as the networks are now."""
         batches = self.feature_cache.batches
         self.model.calibrate(lambda: map(self.model.features.standardise, batches(self.trainer, self)))
         self.calibrated_step = self.trainer.global_step

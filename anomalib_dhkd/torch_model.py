@@ -40,14 +40,12 @@ class Responses(NamedTuple):
 
     Attributes:
         features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a layer.
-        averaged (list[torch.Tensor]): The same, averaged over neighbourhoods.
         teacher (list[torch.Tensor]): Latent variables of the flow, of the features' shapes; without a flow what would
             enter it.
         student (list[torch.Tensor]): Predictions of the teacher's; zeros without a student.
     """
 
     features: list[torch.Tensor]
-    averaged: list[torch.Tensor]
     teacher: list[torch.Tensor]
     student: list[torch.Tensor]
 
@@ -132,11 +130,9 @@ class DhkdModel(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     @staticmethod
-    def _inputs(
-        features: list[torch.Tensor], averaged: list[torch.Tensor]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _inputs(features: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield what teacher and student see, at the coarsest layer averages, with the encoding of the positions."""
-        for feature in (*features[:-1], averaged[-1]):
+        for feature in (*features[:-1], *average(features[-1:])):
             height, width = feature.shape[-2:]
             encoding = build_sincos2d_pos_embed([height, width], POSITIONAL_CHANNELS, device=feature.device)
             yield feature, encoding.mT.reshape(1, POSITIONAL_CHANNELS, height, width)
@@ -157,8 +153,7 @@ class DhkdModel(nn.Module):
         if self.teachers is None:
             msg = "The model has no teacher (flow_steps is 0)."
             raise RuntimeError(msg)
-        inputs = self._inputs(features, average(features))
-        outputs = [teacher(*pair) for teacher, pair in zip(self.teachers, inputs, strict=True)]
+        outputs = [teacher(*inputs) for teacher, inputs in zip(self.teachers, self._inputs(features), strict=True)]
         return [latent for latent, _ in outputs], [log_det for _, log_det in outputs]
 
     def respond(self, features: list[torch.Tensor]) -> Responses:
@@ -170,8 +165,7 @@ class DhkdModel(nn.Module):
         Returns:
             Responses: The features and both networks' answers to them.
         """
-        averaged = average(features)
-        inputs = list(self._inputs(features, averaged))
+        inputs = list(self._inputs(features))
         latents = [feature for feature, _ in inputs]
         if self.teachers is not None:
             with torch.no_grad():
@@ -180,11 +174,11 @@ class DhkdModel(nn.Module):
                     for teacher, (feature, encoding) in zip(self.teachers, inputs, strict=True)
                 ]
         if self.students is None:
-            return Responses(features, averaged, latents, [torch.zeros_like(latent) for latent in latents])
+            return Responses(features, latents, [torch.zeros_like(latent) for latent in latents])
         if self.training and self.noise_std:
             inputs = [(add_region_noise(feature, self.noise_std), encoding) for feature, encoding in inputs]
         predictions = [student(*pair) for student, pair in zip(self.students, inputs, strict=True)]
-        return Responses(features, averaged, latents, predictions)
+        return Responses(features, latents, predictions)
 
     def distances(self, responses: Responses) -> dict[str, torch.Tensor]:
         """Compute how anomalous each position is: how far teacher and student differ, how far the mixtures are.
@@ -198,8 +192,10 @@ class DhkdModel(nn.Module):
         """
         pairs = zip(self.layers, responses.teacher, responses.student, strict=True)
         distances = {layer: (teacher - student).square().mean(dim=1, keepdim=True) for layer, teacher, student in pairs}
-        inputs = dict(zip(MIXTURES, (responses.features, responses.averaged), strict=True))
-        return distances | {name: mixture(inputs[name]) for name, mixture in self.mixtures.items()}
+        if self.mixtures:
+            distances["mixture"] = self.mixtures["mixture"](responses.features)
+            distances["averaged_mixture"] = self.mixtures["averaged_mixture"](average(responses.features))
+        return distances
 
     def score(self, responses: Responses, image_size: tuple[int, int]) -> InferenceBatch:
         """Turn the responses to images into anomaly maps and image scores.
@@ -236,7 +232,8 @@ class DhkdModel(nn.Module):
         """
         training = self.training
         self.eval()
-        for name, mixture in self.mixtures.items():
-            mixture.fit(map(average, batches()) if name == "averaged_mixture" else batches())
+        if self.mixtures:
+            self.mixtures["mixture"].fit(batches())
+            self.mixtures["averaged_mixture"].fit(map(average, batches()))
         self.anomaly_map_generator.fit(self.distances(self.respond(features)) for features in batches())
         self.train(training)

@@ -41,7 +41,7 @@ def test_gives_back_what_it_was_given(limit: float, in_file: bool) -> None:
 
 def test_an_item_is_one_of_an_images_views() -> None:
     """Image 10 i + view j."""
-    kept = FeatureDataset(4, 1.0, num_views=3)
+    kept = FeatureDataset(4, 1.0, per_image=3)
     numbers = torch.tensor([10.0 * image + view for image in range(4) for view in range(3)])
     kept.append([numbers.reshape(12, 1, 1, 1)])
     torch.testing.assert_close(torch.cat([batch[0] for batch in kept.batches(5)]).flatten(), numbers)
