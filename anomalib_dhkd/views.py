@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Views of training images: each image as another lamp, lens or file would have shown it.
+"""Views of training images: each image as another lamp, lens, file or fixture would have shown it.
 
 Training images are few and taken in one light. Directions in which they hardly vary carry the defects, and the light as
 well; views of the light give it a variance of its own.
@@ -19,7 +19,7 @@ STRIDE = 1_000_000
 
 
 def light_views() -> nn.Module:
-    """Return the default transform: exposure, colour, evenness and gamma, then at most one fault of camera or file.
+    """Return the default transform: place, exposure, colour, evenness, gamma, then at most one fault of camera or file.
 
     The last four faults go beyond what a line should meet. Without them, a stronger change than the others is taken for
     a defect; with them, what is unchanged is detected as well.
@@ -39,6 +39,7 @@ def light_views() -> nn.Module:
         augmentation.ColorJitter(contrast=(0.15, 0.6)): 1,
     }
     return nn.Sequential(
+        augmentation.RandomAffine(2.0, translate=(0.01, 0.01), padding_mode="border", p=0.5),
         augmentation.ColorJitter(brightness=(0.8, 1.2)),
         augmentation.RandomPlanckianJitter(mode="blackbody", select_from=[6, 7, 8, 9], p=0.7),  # 6000 to 7500 K
         augmentation.RandomLinearIllumination(gain=(0.01, 0.2), sign=(-1.0, 0.0), p=0.5),

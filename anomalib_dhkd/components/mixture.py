@@ -71,10 +71,10 @@ class FeatureMixture(nn.Module):
         indices = cost.topk(min(3, len(cost)), dim=0, largest=False).indices
         distances = []
         for index in indices:
-            difference = rows - self.means[index]
+            difference = rows - self.means.index_select(0, index)
             # The directions are scaled by the share of their variance that the others don't have.
-            explained = (self.directions[index] @ difference[:, :, None]).square().sum(dim=(1, 2))
-            distances.append((difference.square().sum(dim=1) - explained) / self.other_variances[index])
+            explained = (self.directions.index_select(0, index) @ difference[:, :, None]).square().sum(dim=(1, 2))
+            distances.append((difference.square().sum(dim=1) - explained) / self.other_variances.index_select(0, index))
         return torch.stack(distances), indices
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from kornia.augmentation import RandomGamma
 from lightning.pytorch import Callback
 from torch import nn
+from torch.nn.functional import avg_pool2d
 from torchvision.transforms.v2 import ColorJitter, RandomHorizontalFlip, RandomResizedCrop
 
 from anomalib_dhkd import Dhkd, Quickstart
@@ -43,6 +44,18 @@ def test_the_default_changes_light_and_keeps_the_picture() -> None:
         alike = torch.corrcoef(torch.stack([image.flatten(), view.flatten()]))[0, 1]
         assert alike > 0.3
         assert not torch.equal(view, image)
+
+
+def test_some_views_move_the_picture() -> None:
+    """The border between black and white, row by row."""
+    image = torch.full((1, 3, 256, 256), 0.2)
+    image[..., 128:] = 0.8
+    moved = []
+    for view in Views(60, None).of(image, [0])[1:]:
+        smooth = avg_pool2d(view.mean(dim=1), 9, 1)
+        borders = (smooth < (smooth.amin() + smooth.amax()) / 2).sum(dim=2) + 4.0
+        moved.append((borders - 128).abs().amax() > 1.5)
+    assert 0.3 < torch.stack(moved).float().mean() < 0.7
 
 
 @pytest.mark.parametrize("transform", [RandomGamma((0.5, 0.6), p=1.0), ColorJitter(brightness=(0.5, 0.6))])
