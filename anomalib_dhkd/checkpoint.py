@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision import tv_tensors
 
-from .components.features import without_weights
+from .components.features import FeaturePyramid
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,17 @@ class CheckpointMixin(AnomalibModule):
     an error. A resumed training must have all its arguments again, and ``load_from_checkpoint`` can't replace them:
     there each difference is an error. ``train_steps`` and ``cache_limit`` are free. The post-processor's settings in
     :data:`SETTINGS` that were given, or changed on the model, win over the checkpoint's.
+
+    ``Engine.export`` with a checkpoint makes a model from it alone and drops the one that it is given. To export with
+    other settings, load the model with them first.
+
+    Attributes:
+        has_weights (bool): Whether the backbone has its weights, by a training or a checkpoint.
     """
 
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
+        self.has_weights = False
         # What differs from these was given, and not loaded from a checkpoint.
         self.ungiven_settings = SETTINGS
         self.ungiven_transforms = {"None", transform_of(self.configure_pre_processor())}
@@ -57,25 +64,6 @@ class CheckpointMixin(AnomalibModule):
     @abstractmethod
     def build(self) -> None:
         """Make the parts that follow from the arguments in ``hparams``."""
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # the same arguments, passed on
-        cls, *args: Any, **kwargs: Any
-    ) -> "AnomalibModule":
-        """Load a model as it was saved; no weights are read from elsewhere.
-
-        Args:
-            *args: Arguments of anomalib's method.
-            **kwargs: Arguments of anomalib's method, and the model's components.
-
-        Returns:
-            AnomalibModule: The model.
-
-        Raises:
-            ValueError: If an argument contradicts the checkpoint's, or the pre-processor can't be restored.
-        """
-        with without_weights():
-            return super().load_from_checkpoint(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
         """Refuse a pre-processor before training that can't be restored afterwards, or displaces the heat maps.
@@ -87,6 +75,22 @@ class CheckpointMixin(AnomalibModule):
         if stage == "fit":
             check_restorable(self.pre_processor)
             check_placement(self.pre_processor)
+
+    def on_fit_start(self) -> None:
+        """Read the backbone's weights, which nothing needs but a training that begins.
+
+        Raises:
+            ValueError: If the file in ``weights`` doesn't fit.
+            FileNotFoundError: If ``weights`` is no file.
+            RuntimeError: If weights can be had from nowhere.
+        """
+        super().on_fit_start()
+        if not self.has_weights:
+            source = self.hparams["backbone"], self.hparams["layers"], True, self.hparams["weights"]
+            features: Any = self.model.features
+            with torch.random.fork_rng(devices=[]):  # a training's random numbers follow from its seed alone
+                features.load_state_dict(FeaturePyramid(*source).state_dict())
+            self.has_weights = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the arguments where keyword arguments of ``load_from_checkpoint`` don't replace them."""
@@ -108,14 +112,14 @@ class CheckpointMixin(AnomalibModule):
         arguments = {name: saved[name] for name in self.hparams if name in saved}
         if stage not in {None, TrainerFn.FITTING} and arguments != _plain(self.hparams):
             self.hparams.update(arguments)
-            with without_weights():
-                self.build()
+            self.build()
         given = {
             name: getattr(self.post_processor, name)
             for name, value in self.ungiven_settings.items()
             if getattr(self.post_processor, name, value) != value
         }
         super().on_load_checkpoint(checkpoint)
+        self.has_weights = True
         self.ungiven_transforms = self.ungiven_transforms | {transform_of(self.pre_processor)}
         self.ungiven_settings = {name: getattr(self.post_processor, name, SETTINGS[name]) for name in SETTINGS}
         for name, value in given.items():
@@ -215,7 +219,7 @@ def check_placement(pre_processor: nn.Module | None) -> None:
     # Transforms of the light leave masks alone.
     rows, columns = (torch.linspace(0, 1, size) for size in PROBE)
     positions = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
-    _, moved = transform(tv_tensors.Image(torch.rand(3, *PROBE)), tv_tensors.Mask(positions))
+    _, moved = transform(tv_tensors.Image(torch.zeros(3, *PROBE)), tv_tensors.Mask(positions))
     size = moved.shape[-2:]
     expected = F.interpolate(positions[None], size, mode="nearest")[0]
     if (moved - expected).abs().max() > 2 / min(size):

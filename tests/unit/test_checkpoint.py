@@ -138,9 +138,14 @@ def test_weights_come_from_the_checkpoint(quickstart: Quickstart, tmp_path: Path
     _engine(tmp_path).test(model=predicting, datamodule=quickstart, ckpt_path=engine.best_model_path, verbose=False)
     _assert_same(predicting, model)
     assert torch.equal(predicting.model.features.image_mean, model.model.features.image_mean)
-    # Where there is no checkpoint, weights are asked for as ever.
+    # Neither does a model that was made with the same arguments need them, nor one that is trained anew.
+    predicting = small_dhkd(**backbone)
+    _engine(tmp_path).test(model=predicting, datamodule=quickstart, ckpt_path=engine.best_model_path, verbose=False)
+    _assert_same(predicting, model)
+    fit(quickstart, tmp_path / "anew", restored)
+    assert torch.equal(restored.model.features.backbone.conv1.weight, model.model.features.backbone.conv1.weight)
     with pytest.raises(FileNotFoundError, match="weights must be a file"):
-        small_dhkd(**backbone)
+        fit(quickstart, tmp_path / "missing", small_dhkd(**backbone))
 
 
 @pytest.mark.parametrize(
