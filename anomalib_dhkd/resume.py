@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .budget import Budget
+from .checkpoint import stage_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class ResumableMixin(AnomalibModule):
         """
         state = dict(checkpoint[KEY])
         calibrated_step, budget = state.pop("calibrated_step"), Budget(**state)
-        if calibrated_step != budget.total_steps and not self._is_fitting():
+        if calibrated_step != budget.total_steps and stage_of(self) != TrainerFn.FITTING:
             if not self.finished:
                 msg = (
                     f"The checkpoint is of an unfinished training (step {checkpoint['global_step']} of "
@@ -77,12 +78,6 @@ class ResumableMixin(AnomalibModule):
             return
         super().on_load_checkpoint(checkpoint)
         self.budget, self.calibrated_step, self.resumed_budget = budget, calibrated_step, budget
-
-    def _is_fitting(self) -> bool:
-        try:
-            return self.trainer.state.fn == TrainerFn.FITTING
-        except RuntimeError:  # without a trainer
-            return False
 
 
 class TrainingEnd(Callback):

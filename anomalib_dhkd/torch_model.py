@@ -66,6 +66,7 @@ class DhkdModel(nn.Module):
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
         num_gaussians (int): Local Gaussians of each mixture over the features of all layers; 0 for no mixtures.
         image_score (str): See :class:`~anomalib_dhkd.anomaly_map.AnomalyMapGenerator`.
+        pre_trained (bool): Load the backbone's ImageNet weights. Defaults to ``True``.
 
     Raises:
         ValueError: If an argument is out of its range; the message names it.
@@ -83,6 +84,7 @@ class DhkdModel(nn.Module):
         noise_std: float,
         num_gaussians: int,
         image_score: str,
+        pre_trained: bool = True,
     ) -> None:
         scores = ("mean", "max", "topk", "contrast")
         for name, value, allowed, valid in (
@@ -98,7 +100,7 @@ class DhkdModel(nn.Module):
                 msg = f"{name} must be {allowed}, got {value!r}."
                 raise ValueError(msg)
         super().__init__()
-        self.features = FeaturePyramid(backbone, layers, weights=weights)
+        self.features = FeaturePyramid(backbone, layers, pre_trained, weights)
         self.noise_std = noise_std
         channels = sum(self.features.channels)
         self.mixtures: Any = nn.ModuleDict(
