@@ -119,6 +119,10 @@ class CheckpointMixin(AnomalibModule):
             if getattr(self.post_processor, name, value) != value
         }
         super().on_load_checkpoint(checkpoint)
+        # Metrics of a test that is over are worth nothing, and a model may have others.
+        state = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("evaluator.")}
+        own = self.state_dict()
+        checkpoint["state_dict"] = state | {name: own[name] for name in own if name.startswith("evaluator.")}
         self.has_weights = True
         self.ungiven_transforms = self.ungiven_transforms | {transform_of(self.pre_processor)}
         self.ungiven_settings = {name: getattr(self.post_processor, name, SETTINGS[name]) for name in SETTINGS}

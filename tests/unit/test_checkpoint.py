@@ -12,8 +12,10 @@ import timm
 import torch
 from anomalib.data.transforms import SquarePad
 from anomalib.engine import Engine
+from anomalib.metrics import AUPRO, Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -55,7 +57,7 @@ def _changed(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any]], 
     return folder / "changed.ckpt"
 
 
-def _assert_same(model: Dhkd, other: Dhkd) -> None:
+def _assert_same(model: nn.Module, other: nn.Module) -> None:
     state = other.state_dict()
     assert model.state_dict().keys() == state.keys()
     for name, value in model.state_dict().items():
@@ -123,6 +125,13 @@ def test_a_checkpoint_from_before_the_arguments_had_their_place_is_read(trained:
     model = Dhkd()
     trained.engine.test(model=model, datamodule=trained.datamodule, ckpt_path=checkpoint, verbose=False)
     _assert_same(model, trained.model)
+
+
+def test_metrics_of_the_training_are_no_conflict(quickstart: Quickstart, tmp_path: Path) -> None:
+    evaluator = Evaluator(test_metrics=[AUPRO(fields=["anomaly_map", "gt_mask"])])
+    model = small_dhkd(train_steps=2, evaluator=evaluator)
+    engine, _ = fit(quickstart, tmp_path, model)
+    _assert_same(Dhkd.load_from_checkpoint(engine.best_model_path).model, model.model)
 
 
 def test_weights_come_from_the_checkpoint(quickstart: Quickstart, tmp_path: Path) -> None:
