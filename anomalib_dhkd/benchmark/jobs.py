@@ -18,7 +18,9 @@ from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 
 
 class BenchmarkJob(Job):
-    """One training with its test, one test on changed images, or one comparison of inference, in a process of its own.
+    """A training with its test, a test on changed images or of exported files, or the comparison of inference.
+
+    It has a process of its own.
 
     The folder is named after a hash of the settings: the same settings find their finished result again, changed ones
     don't.
@@ -196,23 +198,25 @@ class InferenceJobGenerator(JobGenerator):
             yield BenchmarkJob("inference", {"models": models, "inference": args}, self.results_dir)
 
 
-class RobustnessJobGenerator(JobGenerator):
-    """Makes a job for each trained model that tests it again on changed images.
+class RetestJobGenerator(JobGenerator):
+    """Makes a job for each trained model that tests it again, on changed images or as exported files.
 
     Args:
         results_dir (Path): Folder for the jobs.
+        section (str): Section of the configuration that says how, ``"robustness"`` or ``"parity"``.
     """
 
     job_class = BenchmarkJob
 
-    def __init__(self, results_dir: Path) -> None:
+    def __init__(self, results_dir: Path, section: str) -> None:
         self.results_dir = results_dir
+        self.section = section
 
     def generate_jobs(self, args: dict | None = None, prev_stage_result: Any = None) -> Generator[Any, None, None]:
         """Yield the jobs, if they are asked for.
 
         Args:
-            args (dict | None): Section ``robustness`` of the configuration.
+            args (dict | None): The section.
             prev_stage_result (Any): Table of the trainings.
 
         Yields:
@@ -220,5 +224,5 @@ class RobustnessJobGenerator(JobGenerator):
         """
         for row in prev_stage_result.to_dict("records") if args else []:
             if not failed(row):
-                settings = {"trained": row["folder"], "robustness": args}
-                yield BenchmarkJob(f"{row['title']} robustness", settings, self.results_dir)
+                settings = {"trained": row["folder"], self.section: args}
+                yield BenchmarkJob(f"{row['title']} {self.section}", settings, self.results_dir)

@@ -12,10 +12,20 @@ import torch
 from anomalib.pipelines.components import Pipeline, Runner
 from jsonargparse import ArgumentParser, Namespace
 
-from .jobs import InferenceJobGenerator, RobustnessJobGenerator, TrainingJobGenerator, failed
+from .jobs import InferenceJobGenerator, RetestJobGenerator, TrainingJobGenerator, failed
 from .runner import ProgressRunner
 
-OPTIONS = {"results_dir", "accelerator", "workers", "scheduler", "reported", "benchmark", "robustness", "inference"}
+OPTIONS = {
+    "results_dir",
+    "accelerator",
+    "workers",
+    "scheduler",
+    "reported",
+    "benchmark",
+    "robustness",
+    "parity",
+    "inference",
+}
 
 
 def require(extra: str, *packages: str) -> None:
@@ -69,7 +79,7 @@ class Benchmark(Pipeline):
         return settings
 
     def _setup_runners(self, args: dict) -> list[Runner]:
-        """Return one runner for the trainings, one for the changed images and one for comparing inference."""
+        """Return runners for the trainings, the changed images, the exported files and the comparison of inference."""
         results_dir = Path(args["results_dir"])
         executor: Executor
         if args.get("scheduler"):
@@ -84,7 +94,8 @@ class Benchmark(Pipeline):
             devices = torch.cuda.device_count() if args["accelerator"] == "cuda" else 0
         return [
             ProgressRunner(TrainingJobGenerator(results_dir, args["accelerator"]), executor, workers, devices),
-            ProgressRunner(RobustnessJobGenerator(results_dir), executor, workers, devices),
+            ProgressRunner(RetestJobGenerator(results_dir, "robustness"), executor, workers, devices),
+            ProgressRunner(RetestJobGenerator(results_dir, "parity"), executor, 1),
             ProgressRunner(InferenceJobGenerator(results_dir), executor, 1),
         ]
 
@@ -99,24 +110,30 @@ class Benchmark(Pipeline):
         """
         require("benchmark", "jinja2", "matplotlib", "tabulate")
         from .inference import InferenceSettings  # noqa: PLC0415  # takes time
+        from .parity import parse_formats  # noqa: PLC0415  # takes time
         from .report import write_report  # noqa: PLC0415  # needs the extra
         from .robustness import parse_sets  # noqa: PLC0415  # takes time
         from .work import parse  # noqa: PLC0415  # takes time
 
         settings = self._get_args(args)
         inference_settings = settings.get("inference") or {}
-        if "INT8" in InferenceSettings.parse(inference_settings).precisions:
-            require("int8", "nncf")
         robustness_settings = settings.get("robustness") or {}
         if robustness_settings:
             parse_sets(robustness_settings)
-        training, robustness, inference = self._setup_runners(settings)
+        parity_settings = settings.get("parity") or {}
+        formats = parse_formats(parity_settings) if parity_settings else []
+        if "ONNX" in formats:
+            require("benchmark", "onnxruntime")
+        if "INT8" in InferenceSettings.parse(inference_settings).precisions or any("INT8" in name for name in formats):
+            require("int8", "nncf")
+        training, robustness, parity, inference = self._setup_runners(settings)
         jobs: Any = training.generator(settings["benchmark"])
         for job in jobs:
             parse(job.settings)  # a wrong argument is found now, not after hours
         try:
             trainings = training.run(settings["benchmark"])
             changed = robustness.run(robustness_settings, trainings)
+            exported = parity.run(parity_settings, trainings)
             latencies = inference.run(inference_settings, trainings)
         except KeyboardInterrupt:
             print(  # noqa: T201
@@ -125,6 +142,6 @@ class Benchmark(Pipeline):
             )
             os._exit(130)  # without waiting for the jobs that run, which end with this process
         results_dir, with_reported = Path(settings["results_dir"]), settings.get("reported", False)
-        write_report(results_dir, trainings, changed, latencies, reported=with_reported)
-        if any(failed(row) for table in (trainings, changed, latencies) for row in table.to_dict("records")):
+        write_report(results_dir, trainings, changed, exported, latencies, reported=with_reported)
+        if any(failed(row) for table in (trainings, changed, exported, latencies) for row in table.to_dict("records")):
             raise SystemExit(1)

@@ -16,6 +16,7 @@ from anomalib.utils.config import flatten_dict
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from .jobs import data_name, failed
+from .parity import NOTE as PARITY_NOTE
 from .plots import embed, growth, plot_cases, plot_curves, plot_growth, plot_quality_and_latency, plot_strip
 from .robustness import NOTE, flatten_rows, robustness_tables
 from .work import METRICS
@@ -23,6 +24,7 @@ from .work import METRICS
 COSTS = ["training [s]", "test [s]", "peak memory [GiB]", "peak GPU memory [GiB]", "epochs", "steps", "finished"]
 LEVELS = {"image_AUROC": "detection", "pixel_AUROC": "localisation"}
 """Metrics that the paper's tables have, with the tables' names."""
+PARITY = "Exported files against anomalib's Engine"
 REPORTED = "reported by the authors, not reproduced"
 SLIPS = (
     "The authors' tables as printed. Means are computed from the cells, because some printed averages are not: RKD's "
@@ -127,6 +129,7 @@ def inference_table(latencies: pd.DataFrame, name: str) -> pd.DataFrame:
 def tables(
     trainings: pd.DataFrame,
     changed: pd.DataFrame,
+    exported: pd.DataFrame,
     latencies: pd.DataFrame,
     with_reported: bool,
 ) -> dict[str, pd.DataFrame]:
@@ -140,6 +143,10 @@ def tables(
         costs = good.groupby("model", sort=False)[[name for name in COSTS if good[name].notna().any()]].mean()
         costs.insert(1, "times first", costs["training [s]"] / costs["training [s]"].iloc[0])
         found["Cost of training, mean over data and seeds"] = costs.map("{:.4g}".format).reset_index()
+    parity = flatten_rows(exported)
+    if len(parity):
+        numbers = parity.drop(columns=["seed", "folder"])
+        found[PARITY] = numbers.map(lambda value: f"{value:.3g}" if isinstance(value, float) else value)
     for title, name in (
         ("Inference side by side", "rows"),
         ("Not exported, or not loaded by OpenVINO", "left_out"),
@@ -153,7 +160,7 @@ def tables(
     found["Where it was measured"] = pd.DataFrame(surroundings).drop_duplicates().T.rename_axis("").reset_index()
     errors = [
         {"job": row["title"], "error": row["error"]}
-        for table in (trainings, changed, latencies)
+        for table in (trainings, changed, exported, latencies)
         for row in table.to_dict("records")
         if failed(row)
     ]
@@ -187,6 +194,7 @@ def write_report(
     results_dir: Path,
     trainings: pd.DataFrame,
     changed: pd.DataFrame,
+    exported: pd.DataFrame,
     latencies: pd.DataFrame,
     reported: bool = False,  # the configuration's name for it
 ) -> None:
@@ -196,20 +204,23 @@ def write_report(
         results_dir (Path): Folder for them.
         trainings (pd.DataFrame): Results of the trainings.
         changed (pd.DataFrame): Results of the tests on changed images.
+        exported (pd.DataFrame): Results of the tests of exported files.
         latencies (pd.DataFrame): Results of the comparison of inference.
         reported (bool): Whether to show the authors' figures beside the measured ones. Defaults to ``False``.
     """
     results = flatten(trainings)
     results.to_csv(results_dir / "results.csv", index=False)
-    rows = json.loads(pd.concat([trainings, changed, latencies]).to_json(orient="records"))
+    rows = json.loads(pd.concat([trainings, changed, exported, latencies]).to_json(orient="records"))
     (results_dir / "results.json").write_text(json.dumps(rows, indent=2))
-    found = tables(trainings, changed, latencies, reported)
+    found = tables(trainings, changed, exported, latencies, reported)
     html = {title: table.to_html(index=False, border=0, classes="sortable") for title, table in found.items()}
     notes = [SLIPS] if reported else []
     changes = flatten_rows(changed)
     if len(changes):
         changes.to_csv(results_dir / "robustness.csv", index=False)
         notes.append(NOTE)
+    if PARITY in found:
+        notes.append(PARITY_NOTE)
     for title, table, coloured in robustness_tables(changes):
         found[title], html[title] = table, coloured
     parts = [f"## {title}\n\n{markdown(table)}" for title, table in found.items()]

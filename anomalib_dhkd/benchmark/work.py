@@ -38,6 +38,7 @@ from anomalib_dhkd import RankPreservingPostProcessor
 from .environment import environment, peak_memory
 from .inference import PRECISIONS, Backbone, InferenceSettings, compare
 from .jobs import data_name
+from .parity import measure_parity, parse_formats
 from .predictions import FIELDS, PredictionRecorder, curves, predictions
 from .robustness import parse_sets, retest
 
@@ -232,20 +233,23 @@ def measure_inference(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     return compare({name: model for name, (model, _) in loaded.items()}, files, chosen, items)
 
 
-def measure_robustness(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Test a trained model again on changed images.
+def test_again(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Test a trained model again, on changed images or as exported files.
 
     Args:
-        settings (dict[str, Any]): ``trained``, folder of a finished training, and ``robustness``.
-        folder (Path): Folder for the strip of pictures.
+        settings (dict[str, Any]): ``trained``, folder of a finished training, and ``robustness`` or ``parity``.
+        folder (Path): Folder for the strip of pictures, or for the files.
 
     Returns:
-        dict[str, Any]: ``model``, ``data`` and ``seed`` of the training, and ``rows``, one for each change.
+        dict[str, Any]: ``model``, ``data`` and ``seed`` of the training, and ``rows``, one for each change or format.
     """
     trained = yaml.safe_load((Path(settings["trained"]) / "job.yaml").read_text())
     seed_everything(trained["seed"], workers=True)  # a data module may split its images at random
     model, datamodule = load(Path(settings["trained"]))
-    rows = retest(model, datamodule, parse_sets(settings["robustness"]), folder, trained["accelerator"])
+    if "parity" in settings:
+        rows = measure_parity(model, datamodule, parse_formats(settings["parity"]), folder)
+    else:
+        rows = retest(model, datamodule, parse_sets(settings["robustness"]), folder, trained["accelerator"])
     return {"model": trained["name"], "data": data_name(trained), "seed": trained["seed"], "rows": rows}
 
 
@@ -264,7 +268,7 @@ def main(folder: Path) -> None:
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     settings = yaml.safe_load((folder / "job.yaml").read_text())
-    kinds = {"models": measure_inference, "trained": measure_robustness, "model": train_and_test}
+    kinds = {"models": measure_inference, "trained": test_again, "model": train_and_test}
     do = next(do for key, do in kinds.items() if key in settings)
     try:
         result = do(settings, folder) | {"environment": environment()}

@@ -455,6 +455,7 @@ def test_report_in_a_browser(finished: Path) -> None:
         ({"inference": {"precisions": ["f64"]}}, "f64"),
         ({"inference": {"round": 2}}, "round"),
         ({"robustness": {"sets": ["lines"]}}, "lines"),
+        ({"parity": {"formats": ["CoreML"]}}, "CoreML"),
     ],
 )
 def test_wrong_configuration_is_refused(
