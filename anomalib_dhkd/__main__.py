@@ -3,15 +3,38 @@
 """anomalib's command line with the plugin imported: ``python -m anomalib_dhkd <subcommand>``.
 
 The package is imported before this module runs, so the short names (``--model Dhkd``, ``--data Quickstart``) resolve.
-``benchmark`` is the plugin's own, which goes further than anomalib's.
+``benchmark`` is the plugin's own, which goes further than anomalib's, and so is ``watch``.
 """
 
-from anomalib.cli.cli import main
+from anomalib.cli.cli import AnomalibCLI
 from anomalib.cli.pipelines import PIPELINE_REGISTRY
+from anomalib.loggers import configure_logger
+from jsonargparse import ArgumentParser
 
 from anomalib_dhkd.benchmark.pipeline import Benchmark
+from anomalib_dhkd.watch import watch
+
+
+class DhkdCLI(AnomalibCLI):
+    """anomalib's command line and ``watch``."""
+
+    @staticmethod
+    def anomalib_subcommands() -> dict[str, dict[str, str]]:
+        """Return the subcommands that aren't Lightning's, with their descriptions."""
+        description = "Run an exported model on the images of a folder, a camera or a video."
+        return AnomalibCLI.anomalib_subcommands() | {"watch": {"description": description}}
+
+    def add_watch_arguments(self, parser: ArgumentParser) -> None:
+        """Add the arguments of ``watch`` to its parser."""
+        self.subcommand_method_arguments["watch"] = parser.add_function_arguments(watch)
+
+    def watch(self) -> None:
+        """Run the subcommand."""
+        watch(**{name: self.config_init["watch"][name] for name in self.subcommand_method_arguments["watch"]})
+
 
 if __name__ == "__main__":
     if PIPELINE_REGISTRY is not None:
         PIPELINE_REGISTRY["benchmark"] = Benchmark
-    main()
+    configure_logger()
+    DhkdCLI()
