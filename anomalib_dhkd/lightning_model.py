@@ -20,7 +20,6 @@ from typing import Any, Literal
 from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
-from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
@@ -32,11 +31,12 @@ from torchvision.transforms.v2 import Resize
 
 from .budget import fit_into
 from .checkpoint import CheckpointMixin
-from .export import DenseInt8ExportMixin
+from .export import FaithfulExportMixin
 from .feature_cache import FeatureBatch, FeatureCache
 from .loss import AffinityLoss, DistillationLoss, FlowLoss
 from .metrics import ResponseShift, test_metrics
 from .post_processor import RankPreservingPostProcessor
+from .pre_processor import AntialiasingPreProcessor
 from .resume import ResumableMixin, TrainingEnd
 from .torch_model import DhkdModel
 from .views import Views
@@ -46,7 +46,7 @@ LEARNING_RATE = 1e-2
 """Peak learning rate of Adam; a third of it detects the same, three times as much less."""
 
 
-class Dhkd(ResumableMixin, CheckpointMixin, DenseInt8ExportMixin, AnomalibModule):  # type: ignore[misc]  # Lightning's to_onnx, too
+class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin):
     """Lightning module of DHKD.
 
     The teacher is trained first, then the student on the frozen teacher, in one ``fit``. Training ends by itself after
@@ -167,7 +167,7 @@ class Dhkd(ResumableMixin, CheckpointMixin, DenseInt8ExportMixin, AnomalibModule
         Returns:
             PreProcessor: Configured pre-processor.
         """
-        return PreProcessor(transform=Resize(image_size or (320, 320), antialias=True))
+        return AntialiasingPreProcessor(transform=Resize(image_size or (320, 320), antialias=True))
 
     def configure_post_processor(self) -> PostProcessor:
         """Configure the default post-processor.
