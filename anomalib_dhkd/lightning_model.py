@@ -34,9 +34,10 @@ from .checkpoint import CheckpointMixin
 from .export import FaithfulExportMixin
 from .feature_cache import FeatureBatch, FeatureCache
 from .loss import AffinityLoss, DistillationLoss, FlowLoss
-from .metrics import ResponseShift, test_metrics
+from .metrics import DefinedEvaluator, ResponseShift, test_metrics
 from .post_processor import RankPreservingPostProcessor
 from .pre_processor import AntialiasingPreProcessor
+from .preflight import Preflight
 from .resume import ResumableMixin, TrainingEnd
 from .torch_model import DhkdModel
 from .views import Views
@@ -179,12 +180,8 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Configure the default test metrics.
-
-        Returns:
-            Evaluator: Metrics of :func:`~anomalib_dhkd.metrics.test_metrics`.
-        """
-        return Evaluator(test_metrics=test_metrics())
+        """Return the default evaluator, with the metrics of :func:`~anomalib_dhkd.metrics.test_metrics`."""
+        return DefinedEvaluator(test_metrics=test_metrics())
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
@@ -196,13 +193,13 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin):
         return PathVisualizer()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Configure anomalib's callbacks, and those that keep features and finish the training.
+        """Configure anomalib's callbacks, and those that check what is given, keep features and finish the training.
 
         Returns:
             Sequence[Callback]: Callbacks.
         """
         callbacks: Any = super().configure_callbacks()
-        return [*callbacks, self.feature_cache, TrainingEnd()]
+        return [Preflight(), *callbacks, self.feature_cache, TrainingEnd()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure Adam with one parameter group and one learning-rate schedule a phase.

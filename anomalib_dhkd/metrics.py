@@ -2,14 +2,20 @@
 
 """What is measured on test images."""
 
+import logging
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from anomalib.metrics import AUPR, AUPRO, AUROC, AnomalibMetric, F1Max, F1Score
+from anomalib.metrics import AUPR, AUPRO, AUROC, AnomalibMetric, Evaluator, F1Max, F1Score
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
 from .components.moments import mean_and_variance, moments
+
+logger = logging.getLogger(__name__)
 
 
 def test_metrics() -> list[AnomalibMetric]:
@@ -30,6 +36,56 @@ def test_metrics() -> list[AnomalibMetric]:
         AUPRO(fields=pixel, prefix="pixel_", strict=False),
         F1Score(fields=pixel_label, prefix="pixel_", strict=False),
     ]
+
+
+class DefinedEvaluator(Evaluator):
+    """anomalib's evaluator, with NaN and a warning for what the test images can't tell.
+
+    The metrics of :func:`test_metrics` compare good with anomalous. Where one of the two is missing, torchmetrics'
+    values are those of a perfect or a worthless model, whatever the model does.
+
+    Args:
+        **kwargs: Arguments of :class:`anomalib.metrics.Evaluator`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.anomalous: Any = nn.ModuleDict({field: MeanMetric() for field in ("gt_label", "gt_mask")})
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Update the metrics, and the shares of what is anomalous."""
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
+        for field, share in self.anomalous.items():
+            if (truth := getattr(batch, field, None)) is not None:
+                share.update(truth.float().mean())
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the metrics, and NaN for those that are undefined."""
+        metrics: Any = self.test_metrics
+        shares = {field: float(share.compute()) for field, share in self.anomalous.items() if share.update_called}
+        defined, undefined = nn.ModuleList(), defaultdict(list)
+        for metric in metrics:
+            field = metric.fields[-1]
+            if shares.get(field) in {0, 1}:
+                pl_module.log(metric.name, torch.nan)
+                metric.reset()
+                undefined[field].append(metric.name)
+            else:
+                defined.append(metric)
+        for field, names in undefined.items():
+            logger.warning(
+                "All test %s are %s, so these are undefined (nan): %s.",
+                {"gt_label": "images", "gt_mask": "pixels"}[field],
+                "anomalous" if shares[field] else "good",
+                ", ".join(names),
+            )
+        for share in self.anomalous.values():
+            share.reset()
+        self.test_metrics = defined  # what anomalib's evaluator logs
+        super().on_test_epoch_end(trainer, pl_module)
+        self.test_metrics = metrics
 
 
 class ResponseShift(Metric):

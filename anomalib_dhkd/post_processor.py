@@ -146,11 +146,12 @@ class RankPreservingPostProcessor(PostProcessor):
             pl_module (LightningModule): Model.
         """
         super().on_validation_epoch_end(trainer, pl_module)
+        # Flat, because the metric returns a single score without a dimension.
         if self._normal_image_metric.update_called:
-            self.normal_image_scores = self._normal_image_metric.compute().sort().values.tolist()
+            self.normal_image_scores = self._normal_image_metric.compute().flatten().sort().values.tolist()
             self._normal_image_metric.reset()
         if self._normal_pixel_metric.update_called:
-            self.normal_pixel_scores = self._normal_pixel_metric.compute().sort().values.tolist()
+            self.normal_pixel_scores = self._normal_pixel_metric.compute().flatten().sort().values.tolist()
             self._normal_pixel_metric.reset()
 
     @property

@@ -3,11 +3,12 @@
 """How a training ends, whatever ends it, and from where it can be resumed."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from anomalib.data import AnomalibDataModule
+import torch
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -36,6 +37,7 @@ class ResumableMixin(AnomalibModule):
         calibrated_step (int): Step after which mixture and distances were last calibrated, -1 for never.
         finished_checkpoint (bool): Whether the finished model was saved.
         resumed_budget (Budget | None): Steps of the training that the checkpoint was loaded from.
+        resumed_from (str | Path | None): That checkpoint.
     """
 
     def __init__(self, **components: Any) -> None:
@@ -44,6 +46,7 @@ class ResumableMixin(AnomalibModule):
         self.calibrated_step = -1
         self.finished_checkpoint = False
         self.resumed_budget: Budget | None = None
+        self.resumed_from: str | Path | None = None
 
     @property
     def finished(self) -> bool:
@@ -64,19 +67,22 @@ class ResumableMixin(AnomalibModule):
         """
         state = dict(checkpoint[KEY])
         calibrated_step, budget = state.pop("calibrated_step"), Budget(**state)
-        if calibrated_step != budget.total_steps and stage_of(self) != TrainerFn.FITTING:
-            if not self.finished:
-                msg = (
-                    f"The checkpoint is of an unfinished training (step {checkpoint['global_step']} of "
-                    f"{budget.total_steps}); `anomalib train` with it as --ckpt_path finishes the model."
-                )
-                raise UnfinishedError(msg)
+        fitting = stage_of(self) == TrainerFn.FITTING
+        path = self.trainer.ckpt_path if stage_of(self) else None
+        if not fitting and self.finished and path is not None and path == self.resumed_from:
             # Engine.train tests what it was resumed from, not what came of it.
-            logger.info("Using the finished model instead of the unfinished checkpoint that it was resumed from.")
+            logger.warning("Using the model as it was trained, not the checkpoint that it was resumed from.")
             checkpoint["state_dict"] = self.state_dict()
             checkpoint.pop("callbacks", None)  # they would forget where the finished checkpoint is
             return
+        if not fitting and calibrated_step != budget.total_steps:
+            msg = (
+                f"The checkpoint is of an unfinished training (step {checkpoint['global_step']} of "
+                f"{budget.total_steps}); `anomalib train` with it as --ckpt_path finishes the model."
+            )
+            raise UnfinishedError(msg)
         super().on_load_checkpoint(checkpoint)
+        self.resumed_from = path if fitting else None
         self.budget, self.calibrated_step, self.resumed_budget = budget, calibrated_step, budget
 
 
@@ -93,22 +99,11 @@ class TrainingEnd(Callback):
         self.saved_step = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begin anew, and refuse data without validation images before training, not after it.
-
-        Raises:
-            ValueError: If the data module has none, so that there would be no threshold.
-        """
-        if stage != "fit":
-            return
-        pl_module.budget, pl_module.calibrated_step, pl_module.finished_checkpoint = Budget(0, 0), -1, False
-        pl_module.resumed_budget = None
-        datamodule: Any = trainer.datamodule
-        if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
-            msg = (
-                "val_split_mode must be one of 'same_as_test', 'from_test', 'from_train', 'synthetic', because "
-                f"validation images set the thresholds; got '{datamodule.val_split_mode.value}'."
-            )
-            raise ValueError(msg)
+        """Begin anew."""
+        del trainer  # Unused argument.
+        if stage == "fit":
+            pl_module.budget, pl_module.calibrated_step, pl_module.finished_checkpoint = Budget(0, 0), -1, False
+            pl_module.resumed_budget = pl_module.resumed_from = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Say if a run is resumed with another budget than it began with."""
@@ -138,6 +133,14 @@ class TrainingEnd(Callback):
         """Warn of a model that isn't finished."""
         self.on_test_start(trainer, pl_module)
 
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+        """Stop at a loss that isn't finite, before it reaches the weights.
+
+        Raises:
+            UnfinishedError: If it is such.
+        """
+        self._check_finite(trainer, pl_module, "loss", [loss])
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save what a resumed run needs: at the end of an epoch, unless these are rare."""
         del outputs, batch, batch_idx  # Unused arguments.
@@ -145,6 +148,7 @@ class TrainingEnd(Callback):
         if trainer.is_last_batch or trainer.num_training_batches > interval:
             path = _path(trainer)
             if path is not None and trainer.global_step - self.saved_step >= interval:
+                self._check_finite(trainer, pl_module, "weights", pl_module.parameters())
                 trainer.save_checkpoint(path)
                 self.saved_step = trainer.global_step
 
@@ -152,8 +156,10 @@ class TrainingEnd(Callback):
         """Finish the model.
 
         Raises:
-            UnfinishedError: If training ended in the teacher's phase, with a student untrained.
+            UnfinishedError: If training ended in the teacher's phase, with a student untrained, or the weights aren't
+                finite.
         """
+        self._check_finite(trainer, pl_module, "weights", pl_module.parameters())
         step, budget = trainer.global_step, pl_module.budget
         if step < budget.total_steps:
             cut = budget.cut(step)
@@ -175,10 +181,6 @@ class TrainingEnd(Callback):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
-        if not trainer.num_val_batches:
-            logger.warning(
-                "There were no validation images: without thresholds, labels and normalised scores are void."
-            )
         if trainer.checkpoint_callback and not pl_module.finished_checkpoint and not trainer.fast_dev_run:
             # Lightning saves after a validation. There was none, or it came before this was known to be the end.
             callback = trainer.checkpoint_callback
@@ -211,6 +213,14 @@ class TrainingEnd(Callback):
                 type(exception).__name__,
                 self._way_on(trainer),
             )
+
+    def _check_finite(self, trainer: Any, pl_module: Any, name: str, values: Iterable[torch.Tensor]) -> None:
+        if not all(value.isfinite().all() for value in values):
+            msg = (
+                f"Not all of the {name} are finite after {pl_module.budget.describe(trainer.global_step)}. Look at the "
+                f"training images, or try --trainer.precision 32-true. {self._way_on(trainer)}"
+            )
+            raise UnfinishedError(msg)
 
     def _way_on(self, trainer: Any) -> str:
         if (path := _path(trainer)) is not None and self.saved_step:

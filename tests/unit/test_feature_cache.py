@@ -87,7 +87,7 @@ def test_training_on_kept_features_is_training_on_images(
     for limit in (None, cache_limit):
         torch.manual_seed(0)
         model = small_dhkd(train_steps=8, noise_std=0, cache_limit=limit, num_views=0)
-        _, recorder = fit(quickstart, tmp_path, model, callbacks=[Seed()], limit_val_batches=0)
+        _, recorder = fit(quickstart, tmp_path, model, callbacks=[Seed()], limit_val_batches=1)
         losses.append([step["loss"] for step in recorder.steps])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
@@ -169,6 +169,6 @@ def test_why_features_are_not_kept(
         quickstart.external_collate_fn = quickstart.train_data.collate_fn
     model = small_dhkd(train_steps=2, cache_limit=None if why == "limit" else 2.0)
     with caplog.at_level("INFO", logger="anomalib_dhkd"):
-        fit(quickstart, tmp_path, model, limit_val_batches=0, fast_dev_run=2 if why == "fast_dev_run" else False)
+        fit(quickstart, tmp_path, model, limit_val_batches=1, fast_dev_run=2 if why == "fast_dev_run" else False)
     assert f"Features are extracted at every step, because {reason}." in caplog.text
     assert model.finished

@@ -231,3 +231,21 @@ def test_models_without_anomaly_maps() -> None:
     post_processor.on_validation_epoch_end(None, None)
     assert post_processor.normal_image_scores == [0, 1, 3]
     assert post_processor.image_threshold == 3
+
+
+def test_one_good_validation_image() -> None:
+    post_processor = RankPreservingPostProcessor(false_alarm_rate=0.5)
+    batch = ImageBatch(
+        image=torch.zeros(1, 3, 8, 8),
+        pred_score=torch.tensor([2.0]),
+        anomaly_map=torch.full((1, 8, 8), 3.0),
+        gt_label=torch.tensor([0]),
+    )
+    post_processor.on_validation_batch_end(None, None, batch)
+    post_processor.on_validation_epoch_end(None, None)
+    assert post_processor.normal_image_scores == [2]
+    assert post_processor.normal_pixel_scores == [3]
+    assert post_processor.image_threshold == 2
+    post_processor.false_alarm_rate = 0.4
+    with pytest.raises(ValueError, match="needs at least 2 good validation images, got 1"):
+        _ = post_processor.image_threshold

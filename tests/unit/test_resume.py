@@ -213,6 +213,36 @@ def test_train_tests_the_finished_model_and_not_what_it_was_resumed_from(
     assert tested == again
 
 
+def test_train_tests_the_model_that_goes_on_from_a_finished_one(
+    quickstart: Quickstart, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that was cut short has left a finished model, which a longer one goes on from."""
+    cut, _ = fit(quickstart, tmp_path / "cut", small_dhkd(train_steps=12), callbacks=[TimeUp(8)])
+    old = Path(cut.best_model_path).read_bytes()
+    engine = Engine(default_root_dir=tmp_path / "resumed", enable_progress_bar=False)
+    model = small_dhkd(train_steps=12)
+    (tested,) = engine.train(model=model, datamodule=quickstart, ckpt_path=cut.best_model_path)
+    assert "Using the model as it was trained, not the checkpoint that it was resumed from." in caplog.text
+    assert engine.trainer.global_step == 12
+    _assert_finished(engine, model)
+    assert Path(engine.best_model_path).is_relative_to(tmp_path / "resumed")
+    assert Path(cut.best_model_path).read_bytes() == old
+    (again,) = Engine(default_root_dir=tmp_path / "again", enable_progress_bar=False).test(
+        model=small_dhkd(), datamodule=quickstart, ckpt_path=engine.best_model_path
+    )
+    assert tested == again
+
+
+def test_a_trained_model_can_be_tested_with_another_checkpoint(quickstart: Quickstart, tmp_path: Path) -> None:
+    other = small_dhkd(train_steps=2)
+    checkpoint = fit(quickstart, tmp_path / "other", other)[0].best_model_path
+    model = small_dhkd(train_steps=2)
+    engine, _ = fit(quickstart, tmp_path / "model", model)
+    engine.test(model=model, datamodule=quickstart, ckpt_path=checkpoint, verbose=False)
+    for name, value in other.model.state_dict().items():
+        torch.testing.assert_close(model.model.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
 def test_validation_in_between_sees_a_calibrated_model(quickstart: Quickstart, tmp_path: Path) -> None:
     class Calibration(Callback):
         def __init__(self) -> None:
@@ -231,18 +261,25 @@ def test_validation_in_between_sees_a_calibrated_model(quickstart: Quickstart, t
     _assert_finished(engine, model)
 
 
-def test_without_validation_images(quickstart: Quickstart, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = small_dhkd(train_steps=4)
-    engine, _ = fit(quickstart, tmp_path, model, limit_val_batches=0)
-    assert "no validation images: without thresholds" in caplog.text
-    assert model.finished
-    assert Dhkd.load_from_checkpoint(engine.best_model_path).finished
+@pytest.mark.parametrize("bad", ["loss", "weights"])
+def test_what_is_not_finite_stops_the_training_and_spoils_no_checkpoint(
+    bad: str, quickstart: Quickstart, tmp_path: Path
+) -> None:
+    class Spoil(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 5 and bad == "loss":
+                batch.features[0].fill_(float("nan"))
 
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            if trainer.global_step == 6 and bad == "weights":
+                next(pl_module.model.students.parameters()).grad.fill_(float("nan"))
 
-def test_no_validation_split_is_refused_before_training(quickstart_root: Path, tmp_path: Path) -> None:
-    datamodule = Quickstart(root=quickstart_root, num_train=8, num_test=2, num_workers=0, val_split_mode="none")
-    with pytest.raises(ValueError, match=r"val_split_mode must be one of 'same_as_test'.* got 'none'"):
-        fit(datamodule, tmp_path, small_dhkd())
+    step = {"loss": 5, "weights": 7}[bad]
+    message = rf"Not all of the {bad} are finite after step {step} of 8, in the student's phase.*resumes it from step"
+    with pytest.raises(UnfinishedError, match=message):
+        fit(quickstart, tmp_path, small_dhkd(train_steps=8), callbacks=[Spoil()])
+    (saved,) = tmp_path.rglob("*.ckpt")
+    assert all(value.isfinite().all() for name, value in torch.load(saved)["state_dict"].items() if "students" in name)
 
 
 def test_an_engine_trains_once(quickstart: Quickstart, tmp_path: Path) -> None:

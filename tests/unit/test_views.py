@@ -99,7 +99,7 @@ def test_a_training_sees_views(how: str, quickstart: Quickstart, tmp_path: Path)
             train_steps=2, num_views=num_views, view_transform=Invert(), cache_limit=None if how == "uncached" else 2.0
         )
         look = Look()
-        fit(quickstart, tmp_path, model, callbacks=[look], limit_val_batches=0)
+        fit(quickstart, tmp_path, model, callbacks=[look], limit_val_batches=1)
         assert look.cached == (how == "cached")
         means.append(model.model.features.statistics[0].running_mean)
     assert (means[1] - means[0]).abs().max() > 0.01

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What would lose a training is refused before it begins, and an image that can't be read is named."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from anomalib.data import AnomalibDataModule
+from lightning.pytorch import Callback
+from PIL import Image
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+"""Lightning's precisions that keep weights, statistics and scores in single precision."""
+
+
+DEEP = {"F", "I", "I;16", "I;16B", "I;16L", "I;16N"}
+"""Modes of pillow whose values anomalib's reader would clip at 255."""
+
+
+class Preflight(Callback):
+    """Checks precision and images before any work is done, and names the file behind a reader's error."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check what is known before the first image is looked at.
+
+        Raises:
+            ValueError: If the precision isn't one of :data:`PRECISIONS`, or a training would find no validation images
+                to set its thresholds.
+            OSError: If a validation image, which is needed only after the last step, can't be read, or an image has
+                more than 8 bits a channel, of which anomalib would silently clip most.
+        """
+        del pl_module  # Unused argument.
+        if trainer.precision not in PRECISIONS:
+            msg = f"precision must be one of {', '.join(PRECISIONS)}, got {trainer.precision}."
+            raise ValueError(msg)
+        datamodule: Any = trainer.datamodule
+        names = ("train_data", "val_data", "test_data")
+        self.files = [file for name in names for file in _files(getattr(datamodule, name, None))]
+        if stage != "fit":
+            return
+        if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
+            msg = (
+                "val_split_mode must be one of 'same_as_test', 'from_test', 'from_train', 'synthetic', because "
+                f"validation images set the thresholds; got '{datamodule.val_split_mode.value}'."
+            )
+            raise ValueError(msg)
+        if not trainer.enable_validation:
+            msg = (
+                "limit_val_batches must be above 0 and a validation dataloader given, because validation images set "
+                f"the thresholds; got limit_val_batches={trainer.limit_val_batches}."
+            )
+            raise ValueError(msg)
+        if found := _first(_error_of_depth, self.files) or unreadable(_files(getattr(datamodule, "val_data", None))):
+            raise OSError(found)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Put the file's name into the error of an image that can't be read, which pillow leaves out."""
+        del pl_module  # Unused argument.
+        if not isinstance(exception, OSError | SyntaxError):  # pillow raises the latter for a broken PNG
+            return
+        loaders = trainer.predict_dataloaders
+        loaders = loaders if isinstance(loaders, list) else [loaders]
+        files = [file for loader in loaders for file in _files(getattr(loader, "dataset", None))]
+        found = unreadable([*self.files, *files])
+        if found and found not in str(exception):
+            exception.args = (f"{found}\n{exception}",)
+
+
+def unreadable(files: Iterable[str]) -> str:
+    """Look for a file that isn't a whole image.
+
+    Args:
+        files (Iterable[str]): Files.
+
+    Returns:
+        str: A sentence that names the first such file; empty if there is none.
+    """
+    return _first(_error_of, files)
+
+
+def _first(error_of: Callable[[str], str], files: Iterable[str]) -> str:
+    """Return the first error of files, empty if there is none."""
+    with ThreadPoolExecutor() as pool:
+        return next(filter(None, pool.map(error_of, files)), "")
+
+
+def _error_of_depth(file: str) -> str:
+    """Look at a file's header only; what isn't an image at all is left to its reader."""
+    try:
+        with Image.open(file) as image:
+            mode = image.mode
+    except (OSError, SyntaxError):
+        return ""
+    if mode in DEEP:
+        return f"The image {file} must have 8 bits a channel, got pillow's mode {mode}: scale its values to 0 to 255."
+    return ""
+
+
+def _error_of(file: str) -> str:
+    try:
+        with Image.open(file) as image:
+            image.load()
+    except (OSError, SyntaxError) as error:
+        return f"The image {file} can't be read: {error}."
+    return ""
+
+
+def _files(dataset: Any) -> Iterator[str]:
+    """Yield the files of images and masks of one of anomalib's data sets."""
+    samples = getattr(dataset, "samples", None)
+    if samples is None:
+        yield from map(str, getattr(dataset, "image_filenames", []))
+        return
+    for column in ("image_path", "mask_path"):
+        yield from (str(file) for file in samples.get(column, ()) if file)
