@@ -37,7 +37,7 @@ from .loss import AffinityLoss, DistillationLoss, FlowLoss
 from .metrics import DefinedEvaluator, ResponseShift, test_metrics
 from .post_processor import RankPreservingPostProcessor
 from .pre_processor import AntialiasingPreProcessor
-from .preflight import Preflight
+from .preflight import Preflight, check_given
 from .resume import ResumableMixin, TrainingEnd
 from .torch_model import DhkdModel
 from .views import Views
@@ -123,13 +123,14 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        super().__init__(
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+        )
+        check_given(type(self), self.hparams)
         for name, value, least in (("affinity_weight", affinity_weight, 0), ("train_steps", train_steps, 2)):
             if not value >= least:
                 msg = f"{name} must be at least {least}, got {value!r}."
                 raise ValueError(msg)
-        super().__init__(
-            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
-        )
         self.hparams.pop("view_transform")  # a checkpoint holds plain data; its model needs no more views
         self.views = Views(num_views, view_transform)
         self.build()

@@ -2,7 +2,8 @@
 
 """What would lose a training is refused before it begins, and an image that can't be read is named."""
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -68,6 +69,23 @@ class Preflight(Callback):
         found = unreadable([*self.files, *files])
         if found and found not in str(exception):
             exception.args = (f"{found}\n{exception}",)
+
+
+def check_given(model: type, arguments: Mapping[str, Any]) -> None:
+    """Check that no argument is None that must not be: ``null`` in YAML passes anomalib's command line for any type.
+
+    Args:
+        model (type): Class of the model.
+        arguments (Mapping[str, Any]): Arguments of its constructor.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for name, parameter in inspect.signature(model).parameters.items():
+        wanted = inspect.formatannotation(parameter.annotation)
+        if name in arguments and arguments[name] is None and "None" not in wanted:
+            msg = f"{name} must be of type {wanted}, got None."
+            raise ValueError(msg)
 
 
 def unreadable(files: Iterable[str]) -> str:

@@ -28,8 +28,8 @@ class MVTec(MVTecAD):
         ]
         if without:
             msg = (
-                f"MVTec needs a mask of each test image with a defect, and {len(without)} have none: {without[0]} is the "
-                "first. The data module Folder without mask_dir does without masks."
+                f"MVTec needs a mask of each test image with a defect, and {len(without)} have none: {without[0]} is "
+                "the first. The data module Folder without mask_dir does without masks."
             )
             raise ValueError(msg)
         super().setup(stage)
