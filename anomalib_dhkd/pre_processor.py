@@ -11,7 +11,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.transform import get_exportable_transform
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
+from torchvision.transforms.v2 import Compose, Resize, Transform
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +105,10 @@ def exportable(transform: Transform | None) -> Any:
     if isinstance(transform, Compose):
         return Compose([exportable(part) for part in transform.transforms])
     if isinstance(transform, Resize) and transform.antialias:
-        height_and_width = transform.size is not None and len(transform.size) == 2
-        if height_and_width and transform.interpolation == InterpolationMode.BILINEAR:
+        mode = getattr(transform.interpolation, "value", transform.interpolation)  # names and Pillow's numbers, too
+        if mode in {"bilinear", 2} and transform.size is not None and len(transform.size) == 2:
             return AntialiasedResize(tuple(transform.size))
-        if transform.interpolation in {InterpolationMode.BILINEAR, InterpolationMode.BICUBIC}:
+        if mode not in {"nearest", "nearest-exact", 0}:
             logger.warning(
                 "%s is exported without antialiasing: exported files will give other scores than Engine. Resize "
                 "bilinearly to a height and a width instead.",

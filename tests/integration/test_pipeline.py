@@ -36,9 +36,12 @@ def test_export_agrees_with_torch(export_type: ExportType, trained: Trained, tmp
     assert max(scores.max(), maps.max()) <= 1e-3
 
 
-def test_int8_quantises_dense_convolutions_and_keeps_the_maps(trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compression_type", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+def test_int8_quantises_dense_convolutions_and_keeps_the_maps(
+    compression_type: CompressionType, trained: Trained, tmp_path: Path
+) -> None:
     engine, model, datamodule, _ = trained
-    int8 = {"compression_type": CompressionType.INT8_PTQ, "datamodule": datamodule}
+    int8 = {"compression_type": compression_type, "datamodule": datamodule}
     path = engine.export(model, ExportType.OPENVINO, tmp_path, "int8", **int8)
     assert path == tmp_path / "weights" / "openvino" / "int8.xml"
     exported = ov.Core().read_model(path)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Exported files against Engine's predictions on the files of images."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino as ov
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.data.utils import read_image
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer
+from anomalib.engine import Engine
+from PIL import Image
+
+from anomalib_dhkd import Dhkd
+from tests.helpers import SMALL, Trained
+
+# Tracing the exporters would more than double their time.
+pytestmark = pytest.mark.no_cover
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+Predict = Callable[[Path], dict[str, np.ndarray]]
+
+
+class Textures(NamedTuple):
+    """A model trained on textures with fine noise, and where these and its exported files are."""
+
+    datamodule: Folder
+    model: Dhkd
+    files: dict[str, Path]
+    predictions: dict[Path, dict[str, np.ndarray]]
+
+
+def _texture(seed: int, defect: bool) -> Image.Image:
+    """Return a weave with noise of one pixel, of which plain bilinear resizing keeps everything."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:420, :500]
+    image = 0.5 + 0.2 * np.sin(columns / 2)[..., None] * np.sin(rows / 3)[..., None] + rng.normal(0, 0.2, (420, 500, 3))
+    if defect:
+        top, left = rng.integers(100, 300, 2)
+        image[top : top + 40, left : left + 60] *= 0.6
+    return Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8))
+
+
+def outputs_of(batch: Any) -> dict[str, np.ndarray]:
+    """Return score, label and map of one image."""
+    return {name: np.asarray(getattr(batch, name)).squeeze() for name in ("pred_score", "pred_label", "anomaly_map")}
+
+
+@pytest.fixture(scope="module")
+def textures(tmp_path_factory: pytest.TempPathFactory) -> Textures:
+    """Train for a moment, predict with Engine, export."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("textures")
+    for name, count in (("good", 8), ("good_test", 3), ("bad", 3)):
+        (root / name).mkdir()
+        for index in range(count):
+            _texture(len(name) * 100 + index, name == "bad").save(root / name / f"{index}.png")
+    datamodule = Folder(
+        name="weave", root=root, normal_dir="good", normal_test_dir="good_test", abnormal_dir="bad",
+        train_batch_size=4, eval_batch_size=1, num_workers=0,
+    )  # fmt: skip
+    model = Dhkd(**SMALL, train_steps=10, pre_processor=Dhkd.configure_pre_processor((96, 128)))
+    engine = Engine(default_root_dir=root / "results", enable_progress_bar=False)
+    engine.fit(model=model, datamodule=datamodule)
+    predictions: dict[Path, dict[str, np.ndarray]] = {}
+    for folder in ("good_test", "bad"):
+        for batch in engine.predict(model=model, data_path=root / folder) or []:
+            predictions[Path(batch.image_path[0])] = outputs_of(batch)
+    model.eval()
+    files = {
+        "onnx": engine.export(model, ExportType.ONNX, root),
+        "openvino": engine.export(model, ExportType.OPENVINO, root),
+        "checkpoint": Path(engine.best_model_path),
+    }
+    return Textures(datamodule, model, files, predictions)
+
+
+def in_torch(textures: Textures) -> Predict:
+    def predict(path: Path) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            return outputs_of(textures.model(read_image(path, as_tensor=True)[None]))
+
+    return predict
+
+
+def in_onnx_runtime(textures: Textures) -> Predict:
+    session = onnxruntime.InferenceSession(textures.files["onnx"], providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def predict(path: Path) -> dict[str, np.ndarray]:
+        values = session.run(names, {"input": read_image(path, as_tensor=True)[None].numpy()})
+        return {name: value.squeeze() for name, value in zip(names, values, strict=True)}
+
+    return predict
+
+
+def in_openvino(textures: Textures) -> Predict:
+    compiled = ov.Core().compile_model(textures.files["openvino"], "CPU", F32)
+
+    def predict(path: Path) -> dict[str, np.ndarray]:
+        outputs = compiled(read_image(path, as_tensor=True)[None].numpy())
+        return {port.any_name: value.squeeze() for port, value in outputs.items()}
+
+    return predict
+
+
+def in_the_inferencer(textures: Textures) -> Predict:
+    inferencer = OpenVINOInferencer(textures.files["openvino"], config=F32)
+    return lambda path: outputs_of(inferencer.predict(path))
+
+
+@pytest.mark.parametrize("runs", [in_torch, in_onnx_runtime, in_openvino, in_the_inferencer])
+def test_raw_files_get_the_scores_of_engine(
+    runs: Callable[[Textures], Predict], textures: Textures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the inferencer leaves a cache in the working directory
+    predict = runs(textures)
+    scores = np.array([expected["pred_score"] for expected in textures.predictions.values()])
+    assert len(scores) == 6
+    assert (np.abs(scores - 0.5) <= 1e-3).sum() <= 1
+    for path, expected in textures.predictions.items():
+        outputs = predict(path)
+        assert abs(outputs["pred_score"] - expected["pred_score"]) <= 1e-3
+        assert np.quantile(np.abs(outputs["anomaly_map"] - expected["anomaly_map"]), 0.999) <= 5e-3
+        # The threshold is the score of one of the images; rounding decides on which side of itself that one is.
+        if abs(expected["pred_score"] - 0.5) > 1e-3:
+            assert outputs["pred_label"] == expected["pred_label"]
+
+
+def test_files_describe_themselves(textures: Textures) -> None:
+    restored = Dhkd.load_from_checkpoint(textures.files["checkpoint"])
+    expected = {name: value for name, value in restored.description().items() if name != "date"}
+    post_processor: Any = textures.model.post_processor
+    assert expected["training_data"] == "weave"
+    assert expected["image_size"] == "96x128"
+    assert float(expected["image_threshold"]) == pytest.approx(float(post_processor.image_threshold))
+    assert float(expected["normalized_pixel_threshold"]) == 0.5
+
+    described = ov.Core().read_model(textures.files["openvino"]).get_rt_info("anomalib_dhkd").astype(dict)
+    of_openvino = {name: value.astype(str) for name, value in described.items()}
+    of_onnx = {
+        prop.key.removeprefix("anomalib_dhkd."): prop.value
+        for prop in onnx.load(textures.files["onnx"]).metadata_props
+        if prop.key.startswith("anomalib_dhkd.")
+    }
+    for found in (of_openvino, of_onnx):
+        assert found.pop("date").startswith("20")
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("compression_type", "size", "fixed_batch", "largest"),
+    [
+        (None, (256, 256), True, 1e-3),
+        (CompressionType.FP16, (320, 192), False, 1e-2),
+        (CompressionType.INT8, (384, 384), True, 0.1),
+    ],
+)
+def test_every_compression_size_and_batch(
+    compression_type: CompressionType | None,
+    size: tuple[int, int],
+    fixed_batch: bool,
+    largest: float,
+    trained: Trained,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine, model, datamodule, _ = trained
+    with caplog.at_level(logging.WARNING, logger="anomalib_dhkd"):
+        path = engine.export(
+            model, ExportType.OPENVINO, tmp_path, input_size=size, compression_type=compression_type,
+            datamodule=datamodule, onnx_kwargs={"dynamic_shapes": None} if fixed_batch else None,
+        )  # fmt: skip
+    assert "Load" in caplog.text
+    assert "'INFERENCE_PRECISION_HINT': 'f32'" in caplog.text
+    exported = ov.Core().read_model(path)
+    assert exported.input(0).partial_shape == ov.PartialShape([1 if fixed_batch else -1, 3, *size])
+    compiled = ov.Core().compile_model(exported, "CPU", F32)
+    for item in datamodule.test_data:
+        image = torch.nn.functional.interpolate(item.image[None], size, mode="bilinear", antialias=True)
+        with torch.no_grad():
+            expected = model(image)
+        outputs = compiled(image.numpy())
+        assert abs(outputs["pred_score"] - expected.pred_score.numpy()).max() <= largest
+
+
+def test_int8_acq_needs_data(trained: Trained, tmp_path: Path) -> None:
+    engine, model, *_ = trained
+    with pytest.raises(ValueError, match="datamodule must be given for compression_type INT8_ACQ, got None"):
+        engine.export(model, ExportType.OPENVINO, tmp_path, compression_type=CompressionType.INT8_ACQ)
+    assert not list(tmp_path.rglob("*.xml"))
