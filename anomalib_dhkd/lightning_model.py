@@ -200,7 +200,7 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin):
             Sequence[Callback]: Callbacks.
         """
         callbacks: Any = super().configure_callbacks()
-        return [Preflight(), *callbacks, self.feature_cache, TrainingEnd()]
+        return [*callbacks, Preflight(), self.feature_cache, TrainingEnd()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure Adam with one parameter group and one learning-rate schedule a phase.
