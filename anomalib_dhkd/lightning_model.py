@@ -20,6 +20,7 @@ from typing import Any, Literal
 from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
@@ -47,7 +48,7 @@ LEARNING_RATE = 1e-2
 """Peak learning rate of Adam; a third of it detects the same, three times as much less."""
 
 
-class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin):
+class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule):  # anomalib lists direct subclasses
     """Lightning module of DHKD.
 
     The teacher is trained first, then the student on the frozen teacher, in one ``fit``. Training ends by itself after

@@ -233,7 +233,7 @@ def measure_inference(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     return compare({name: model for name, (model, _) in loaded.items()}, files, chosen, items)
 
 
-def test_again(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def measure_again(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Test a trained model again, on changed images or as exported files.
 
     Args:
@@ -268,7 +268,7 @@ def main(folder: Path) -> None:
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     settings = yaml.safe_load((folder / "job.yaml").read_text())
-    kinds = {"models": measure_inference, "trained": test_again, "model": train_and_test}
+    kinds = {"models": measure_inference, "trained": measure_again, "model": train_and_test}
     do = next(do for key, do in kinds.items() if key in settings)
     try:
         result = do(settings, folder) | {"environment": environment()}

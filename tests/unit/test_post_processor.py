@@ -212,7 +212,6 @@ def test_test_images_cannot_set_the_false_alarm_threshold(quickstart: Quickstart
     assert model.post_processor.normal_image_scores == []
 
 
-@pytest.mark.parametrize(("val_split_mode", "count"), [("from_train", 4), ("none", 0)])
 def test_too_few_good_images_are_refused_before_training(
     val_split_mode: str, count: int, quickstart_root: Path, tmp_path: Path
 ) -> None:
