@@ -53,4 +53,4 @@ def test_arguments_of_any_model_are_anomalibs_to_lose(
     """If this fails, docs/troubleshooting.md can do without its paragraph on it."""
     monkeypatch.chdir(tmp_path)
     assert _train(quickstart, tmp_path, {"class_path": path, "init_args": arguments}) == []
-    assert "Value 'PreProcessor' is not a supported primitive type" in Path("runs/pipeline.log").read_text()
+    assert "PreProcessor' is not a supported primitive type" in Path("runs/pipeline.log").read_text()
