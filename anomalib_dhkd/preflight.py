@@ -13,8 +13,6 @@ from PIL import Image
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 """Lightning's precisions that keep weights, statistics and scores in single precision."""
-
-
 DEEP = {"F", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 """Modes of pillow whose values anomalib's reader would clip at 255."""
 
@@ -40,6 +38,7 @@ class Preflight(Callback):
             raise ValueError(msg)
         datamodule: Any = trainer.datamodule
         names = ("train_data", "val_data", "test_data")
+        # Kept, because the feature cache takes the training set's place.
         self.files = [file for name in names for file in _files(getattr(datamodule, name, None))]
         if stage != "fit":
             return
