@@ -30,8 +30,9 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         weights (dict[str, float]): Weight of each distance map by its name, a finest map first; their sum is 1.
         image_score (str): ``"mean"`` or ``"max"`` of the averaged maps; ``"topk"``, the mean of the highest
-            hundredth of their positions; or ``"contrast"``, the same less a quarter of the mean, because what raises a
-            whole image, like its light, is seldom its defect; less half of it would miss defects that are large.
+            hundredth of their positions; or ``"contrast"``, the same less a third of the mean where that is above 0,
+            the training images' own: what raises a whole image, like its light, is seldom its defect. Less half of it
+            would miss defects that are large.
     """
 
     def __init__(self, weights: dict[str, float], image_score: str) -> None:
@@ -69,7 +70,9 @@ class AnomalyMapGenerator(nn.Module):
         if self.image_score == "max":
             return values.amax(dim=1, keepdim=True)
         highest = values.topk(max(1, values.shape[1] // 100), dim=1).values.mean(dim=1, keepdim=True)
-        return highest - values.mean(dim=1, keepdim=True) / 4 if self.image_score == "contrast" else highest
+        if self.image_score == "topk":
+            return highest
+        return highest - values.mean(dim=1, keepdim=True).clamp_min(0) / 3
 
     def fit(self, distances: Iterable[dict[str, torch.Tensor]]) -> None:
         """Take the statistics of the maps.

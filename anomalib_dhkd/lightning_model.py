@@ -82,7 +82,7 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
         num_gaussians (int): Local Gaussians of each of the two mixtures over the features of all layers, plain and
             averaged ones. 0 switches them off. Defaults to ``384``.
         image_score (str): How the image score is read off the map: ``"mean"``, ``"max"``, ``"topk"``, the mean of the
-            highest hundredth of its positions, or ``"contrast"``, the same less a quarter of the mean, the default.
+            highest hundredth of its positions, or ``"contrast"``, the same less a part of the mean, the default.
         num_views (int): Changed views of each training image that are trained on beside the image itself, so that
             other light is no defect; 0 for none. Defaults to ``3``.
         view_transform (nn.Module | None): Makes a view of an image of shape ``(1, 3, H, W)``, as transforms of kornia

@@ -49,7 +49,7 @@ def test_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image_score", "expected"), [("mean", 0.045), ("max", 6.0), ("topk", 4.5), ("contrast", 4.48875)]
+    ("image_score", "expected"), [("mean", 0.045), ("max", 6.0), ("topk", 4.5), ("contrast", 4.485)]
 )
 def test_image_score(image_score: str, expected: float) -> None:
     logs = torch.zeros(1, 1, 20, 20)
@@ -57,6 +57,13 @@ def test_image_score(image_score: str, expected: float) -> None:
     output = AnomalyMapGenerator({"only": 1.0}, image_score)({"only": logs.exp()}, (20, 20))
     assert output.pred_score.shape == (1, 1)
     assert output.pred_score.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_contrast_gives_nothing_to_images_below_the_average() -> None:
+    logs = torch.full((1, 1, 20, 20), -2.0)
+    logs[0, 0, 3, 4:8] = 3.0
+    output = AnomalyMapGenerator({"only": 1.0}, "contrast")({"only": logs.exp()}, (20, 20))
+    assert output.pred_score.item() == pytest.approx(3.0, abs=1e-5)
 
 
 def test_an_anomaly_raises_map_and_score_where_it_is() -> None:

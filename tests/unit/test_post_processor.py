@@ -137,6 +137,36 @@ def test_sensitivity_moves_the_label_not_the_score() -> None:
     assert labels == {0.1: [False, False], 0.5: [False, True], 0.9: [True, True]}
 
 
+def _validate(scores: list[float], labels: list[int]) -> RankPreservingPostProcessor:
+    post_processor = RankPreservingPostProcessor()
+    for part in (slice(0, 2), slice(2, None)):
+        batch = ImageBatch(
+            image=torch.zeros(len(scores[part]), 3, 8, 8),
+            pred_score=torch.tensor(scores[part]),
+            gt_label=torch.tensor(labels[part]),
+        )
+        post_processor.on_validation_batch_end(None, None, batch)
+    post_processor.on_validation_epoch_end(None, None)
+    return post_processor
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "threshold"),
+    [
+        ([1.0, 5.0, 2.0, 7.0], [0, 1, 0, 1], 3.5),
+        ([5.0, 1.0, 7.0, 2.0, 3.0], [1, 0, 1, 1, 0], 1.5),  # F1 is 0.86 above 1 and 0.8 above 3
+        ([1.0, 2.0, 4.0], [0, 0, 0], 4.0),
+        ([1.0, 2.0, 4.0], [1, 1, 1], 1.0),
+        ([4.0, 4.0, 4.0], [0, 1, 1], 4.0),
+    ],
+)
+def test_the_threshold_lies_halfway(scores: list[float], labels: list[int], threshold: float) -> None:
+    post_processor = _validate(scores, labels)
+    assert post_processor.image_threshold == threshold
+    predicted = post_processor(InferenceBatch(pred_score=torch.tensor(scores))).pred_label
+    assert predicted.tolist() == [score > threshold for score in scores]
+
+
 # False-alarm threshold
 
 
