@@ -106,6 +106,10 @@ class CheckpointMixin(AnomalibModule):
         saved = checkpoint.get(KEY) or _plain(checkpoint["hyper_parameters"])
         stage = stage_of(self)
         conflicts = [*self._conflicts(saved, stage), *self._conflicts_of_pre_processor(checkpoint, stage)]
+        has_one = checkpoint.get("anomalib_components_enabled", {}).get("post_processor", True)
+        if stage and (self.post_processor is not None) != has_one:
+            # The trainer has the model's among its callbacks already; without thresholds it would label every image.
+            conflicts.append(f"post_processor must be {has_one}, as in the checkpoint, got {not has_one}")
         if conflicts:
             rest = "." if stage in {None, TrainerFn.FITTING} else "; what isn't given is taken from the checkpoint."
             raise ValueError("; ".join(conflicts) + rest)

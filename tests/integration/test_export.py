@@ -15,11 +15,12 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.data.utils import read_image
-from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_dhkd import Dhkd
+from anomalib_dhkd.images import as_input
 from tests.helpers import SMALL, Trained
 
 # Tracing the exporters would more than double their time.
@@ -78,6 +79,7 @@ def textures(tmp_path_factory: pytest.TempPathFactory) -> Textures:
     files = {
         "onnx": engine.export(model, ExportType.ONNX, root),
         "openvino": engine.export(model, ExportType.OPENVINO, root),
+        "torch": engine.export(model, ExportType.TORCH, root),
         "checkpoint": Path(engine.best_model_path),
     }
     return Textures(datamodule, model, files, predictions)
@@ -87,6 +89,16 @@ def in_torch(textures: Textures) -> Predict:
     def predict(path: Path) -> dict[str, np.ndarray]:
         with torch.no_grad():
             return outputs_of(textures.model(read_image(path, as_tensor=True)[None]))
+
+    return predict
+
+
+def in_the_torch_inferencer(textures: Textures) -> Predict:
+    inferencer = TorchInferencer(textures.files["torch"], device="cpu")
+
+    def predict(path: Path) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            return outputs_of(inferencer.predict(path))
 
     return predict
 
@@ -112,16 +124,19 @@ def in_openvino(textures: Textures) -> Predict:
     return predict
 
 
-def in_the_inferencer(textures: Textures) -> Predict:
+def in_the_openvino_inferencer(textures: Textures) -> Predict:
     inferencer = OpenVINOInferencer(textures.files["openvino"], config=F32)
     return lambda path: outputs_of(inferencer.predict(path))
 
 
-@pytest.mark.parametrize("runs", [in_torch, in_onnx_runtime, in_openvino, in_the_inferencer])
+@pytest.mark.parametrize(
+    "runs", [in_torch, in_the_torch_inferencer, in_onnx_runtime, in_openvino, in_the_openvino_inferencer]
+)
 def test_raw_files_get_the_scores_of_engine(
     runs: Callable[[Textures], Predict], textures: Textures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # the inferencer leaves a cache in the working directory
+    monkeypatch.chdir(tmp_path)  # OpenVINO's inferencer leaves a cache in the working directory
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")  # the torch file is a pickle
     predict = runs(textures)
     scores = np.array([expected["pred_score"] for expected in textures.predictions.values()])
     assert len(scores) == 6
@@ -131,6 +146,45 @@ def test_raw_files_get_the_scores_of_engine(
         assert abs(outputs["pred_score"] - expected["pred_score"]) <= 1e-3
         assert np.quantile(np.abs(outputs["anomaly_map"] - expected["anomaly_map"]), 0.999) <= 5e-3
         assert outputs["pred_label"] == expected["pred_label"]
+
+
+@pytest.mark.parametrize(
+    ("frame", "order"),
+    [
+        (lambda rgb: rgb[..., ::-1], "BGR"),
+        (lambda rgb: np.dstack([rgb, rgb[..., 0]]), "RGB"),
+        (lambda rgb: rgb.astype(np.uint16) * 257, "RGB"),
+        (lambda rgb: rgb[..., 0], "RGB"),
+    ],
+    ids=["BGR", "RGBA", "16 bits", "grey"],
+)
+def test_frames_of_a_camera_get_the_scores_of_their_files(
+    frame: Callable[[np.ndarray], np.ndarray],
+    order: Any,
+    textures: Textures,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rgb = np.asarray(_texture(0, defect=True))
+    seen = frame(rgb)
+    Image.fromarray(seen if seen.ndim == 2 else rgb).save(tmp_path / "file.png")
+    inferencer = OpenVINOInferencer(textures.files["openvino"], config=F32)
+    expected = outputs_of(inferencer.predict(tmp_path / "file.png"))
+    found = outputs_of(inferencer.predict(as_input(seen, order)[0]))
+    assert 0 < expected["pred_score"] < 1
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-5)
+
+
+def test_batches_of_a_fixed_size(textures: Textures) -> None:
+    exported = ov.Core().read_model(textures.files["openvino"])
+    exported.reshape([3, 3, 420, 500])
+    compiled = ov.Core().compile_model(exported, "CPU", F32)
+    paths = list(textures.predictions)[:3]
+    outputs = compiled(np.stack([read_image(path, as_tensor=True).numpy() for path in paths]))
+    scores = [float(textures.predictions[path]["pred_score"]) for path in paths]
+    assert outputs["pred_score"].ravel().tolist() == pytest.approx(scores, abs=1e-3)
 
 
 def test_files_describe_themselves(textures: Textures) -> None:

@@ -102,6 +102,24 @@ def test_a_training_is_resumed_with_its_own_arguments_alone(
         trained.engine.fit(Dhkd(**arguments, train_steps=40), datamodule=quickstart, ckpt_path=trained.checkpoint)
 
 
+@pytest.mark.parametrize("post_processor", [True, RankPreservingPostProcessor(image_sensitivity=0.3)])
+def test_a_post_processor_can_not_be_added(
+    post_processor: bool | RankPreservingPostProcessor, quickstart: Quickstart, tmp_path: Path
+) -> None:
+    fitted, _ = fit(quickstart, tmp_path, small_dhkd(train_steps=2, post_processor=False))
+    where = {"datamodule": quickstart, "ckpt_path": fitted.best_model_path}
+    with pytest.raises(ValueError, match="post_processor must be False, as in the checkpoint, got True"):
+        _engine(tmp_path).predict(Dhkd(post_processor=post_processor), **where)
+    batches = _engine(tmp_path).predict(Dhkd(post_processor=False), **where)
+    assert batches[0].pred_score.isfinite().all()
+    assert batches[0].pred_label is None
+
+
+def test_a_post_processor_can_not_be_taken_away(trained: Trained, quickstart: Quickstart) -> None:
+    with pytest.raises(ValueError, match="post_processor must be True, as in the checkpoint, got False"):
+        trained.engine.predict(Dhkd(post_processor=False), datamodule=quickstart, ckpt_path=trained.checkpoint)
+
+
 def test_one_model_can_take_one_checkpoint_after_another(
     trained: Trained, quickstart: Quickstart, tmp_path: Path
 ) -> None:
