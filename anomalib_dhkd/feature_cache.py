@@ -47,6 +47,7 @@ class FeatureDataset(Dataset):
         length (int): Number of images.
         limit (float): Memory in GiB above which the file is used.
         per_image (int): Items of each image: its own features and those of its views. Defaults to ``1``.
+        generator (torch.Generator | None): Draws the views. Defaults to PyTorch's own.
 
     Example:
         >>> features = FeatureDataset(length=2, limit=1.0, per_image=3)
@@ -55,10 +56,11 @@ class FeatureDataset(Dataset):
         torch.Size([3, 8, 4, 4])
     """
 
-    def __init__(self, length: int, limit: float, per_image: int = 1) -> None:
+    def __init__(self, length: int, limit: float, per_image: int = 1, generator: torch.Generator | None = None) -> None:
         self.length = length
         self.limit = limit
         self.per_image = per_image
+        self.generator = generator
         self.file: mmap.mmap | None = None
         self._filled = 0
         self._scales: list[torch.Tensor] = []
@@ -96,7 +98,8 @@ class FeatureDataset(Dataset):
             FeatureBatch: Their features.
         """
         images = torch.as_tensor(indices)
-        return FeatureBatch(self._rows(images * self.per_image + torch.randint(self.per_image, images.shape)))
+        views = torch.randint(self.per_image, images.shape, generator=self.generator)
+        return FeatureBatch(self._rows(images * self.per_image + views))
 
     def _rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
         features = [scale[rows].float().movedim(-1, 1) for scale in self._scales]
@@ -167,6 +170,7 @@ class FeatureCache(Callback):
         self._kept: FeatureDataset | None = None
         self._images: Any = None
         self._num_workers = 0
+        self._generator = torch.Generator()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Put the data set of features into the data module, still empty."""
@@ -178,7 +182,9 @@ class FeatureCache(Callback):
             logger.info("Features are extracted at every step, because %s.", reason)
             return
         self._images, self._num_workers = datamodule.train_data, datamodule.num_workers
-        self._kept = datamodule.train_data = FeatureDataset(len(self._images), self.limit or 0, self.views.number + 1)
+        self._kept = datamodule.train_data = FeatureDataset(
+            len(self._images), self.limit or 0, self.views.number + 1, self._generator
+        )
         datamodule.num_workers = 0  # a worker process would take longer to hand a batch over than to find it
 
     def _reason_against(self, trainer: Any, datamodule: Any) -> str:
@@ -202,6 +208,10 @@ class FeatureCache(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Extract the features of all training images."""
+        if isinstance(trainer.train_dataloader, DataLoader):
+            sampler: Any = trainer.train_dataloader.sampler
+            sampler.generator = self._generator
+        self.on_train_epoch_start(trainer, pl_module)  # which Lightning doesn't call when a run is resumed
         if self._kept is None:
             return
         logger.info(
@@ -215,6 +225,11 @@ class FeatureCache(Callback):
         )
         for features in self._extract(pl_module, loader):
             self._kept.append(features)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Have the epoch's order and views follow from the training's seed and the step, as a resumed run has them."""
+        del trainer  # Unused argument.
+        self._generator.manual_seed(pl_module.seed_of(0))
 
     def features(self, batch: Any, pl_module: Any) -> list[torch.Tensor]:
         """Return the features of a batch in training: each image's as it is, or of one of its views.
@@ -242,6 +257,7 @@ class FeatureCache(Callback):
         """
         if self._kept is None:
             loader: Any = trainer.train_dataloader
+            self._generator.manual_seed(pl_module.seed_of(1))
             yield from self._extract(pl_module, itertools.islice(loader, int(trainer.num_training_batches)))
             return
         for features in self._kept.batches(trainer.datamodule.train_batch_size):

@@ -8,6 +8,7 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback
@@ -34,6 +35,7 @@ class ResumableMixin(AnomalibModule):
 
     Attributes:
         budget (Budget): Steps of both phases; of a training that was cut short, those that it did.
+        seed (int): What all random numbers of a training follow from, so that a resumed run draws the same.
         calibrated_step (int): Step after which mixture and distances were last calibrated, -1 for never.
         finished_checkpoint (bool): Whether the finished model was saved.
         resumed_budget (Budget | None): Steps of the training that the checkpoint was loaded from.
@@ -43,6 +45,7 @@ class ResumableMixin(AnomalibModule):
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
         self.budget = Budget(0, 0)
+        self.seed = 0
         self.calibrated_step = -1
         self.finished_checkpoint = False
         self.resumed_budget: Budget | None = None
@@ -53,10 +56,15 @@ class ResumableMixin(AnomalibModule):
         """Whether training has come to its end and the model is calibrated since."""
         return self.calibrated_step == self.budget.total_steps
 
+    def seed_of(self, purpose: int) -> int:
+        """Return a seed that follows from the training's, the step and a number for what it is used for."""
+        sequence = np.random.SeedSequence([self.seed, self.trainer.global_step, purpose])
+        return int(sequence.generate_state(1, np.uint64)[0])
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save how far the training has come."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[KEY] = {**asdict(self.budget), "calibrated_step": self.calibrated_step}
+        checkpoint[KEY] = {**asdict(self.budget), "calibrated_step": self.calibrated_step, "seed": self.seed}
         self.finished_checkpoint = self.finished
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -66,7 +74,8 @@ class ResumableMixin(AnomalibModule):
             UnfinishedError: If the checkpoint is of an unfinished training and isn't loaded to resume it.
         """
         state = dict(checkpoint[KEY])
-        calibrated_step, budget = state.pop("calibrated_step"), Budget(**state)
+        calibrated_step, seed = state.pop("calibrated_step"), state.pop("seed", self.seed)
+        budget = Budget(**state)
         fitting = stage_of(self) == TrainerFn.FITTING
         path = self.trainer.ckpt_path if stage_of(self) else None
         if not fitting and self.finished and path is not None and path == self.resumed_from:
@@ -83,7 +92,7 @@ class ResumableMixin(AnomalibModule):
             raise UnfinishedError(msg)
         super().on_load_checkpoint(checkpoint)
         self.resumed_from = path if fitting else None
-        self.budget, self.calibrated_step, self.resumed_budget = budget, calibrated_step, budget
+        self.budget, self.calibrated_step, self.resumed_budget, self.seed = budget, calibrated_step, budget, seed
 
 
 class TrainingEnd(Callback):
@@ -104,6 +113,7 @@ class TrainingEnd(Callback):
         if stage == "fit":
             pl_module.budget, pl_module.calibrated_step, pl_module.finished_checkpoint = Budget(0, 0), -1, False
             pl_module.resumed_budget = pl_module.resumed_from = None
+            pl_module.seed = torch.initial_seed()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Say if a run is resumed with another budget than it began with."""
@@ -115,6 +125,11 @@ class TrainingEnd(Callback):
                 *astuple(pl_module.budget),
                 *astuple(pl_module.resumed_budget),
             )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begin new random numbers, which depend on nothing that a resumed run hasn't done."""
+        del trainer, batch  # Unused arguments.
+        torch.manual_seed(pl_module.seed_of(batch_idx))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Calibrate the model as it is, unless it is calibrated; outside of training, warn if it isn't finished."""
@@ -147,7 +162,9 @@ class TrainingEnd(Callback):
         interval = pl_module.budget.total_steps / SAVES
         if trainer.is_last_batch or trainer.num_training_batches > interval:
             path = _path(trainer)
-            if path is not None and trainer.global_step - self.saved_step >= interval:
+            # Not after the last one: what is left then isn't steps, and Lightning goes on with nothing else.
+            left = pl_module.budget.total_steps - trainer.global_step
+            if path is not None and left > 0 and trainer.global_step - self.saved_step >= interval:
                 self._check_finite(trainer, pl_module, "weights", pl_module.parameters())
                 trainer.save_checkpoint(path)
                 self.saved_step = trainer.global_step

@@ -124,7 +124,9 @@ class FeatureMixture(nn.Module):
             squares = difference.square().sum()
             # Rows of zeros, because the decomposition needs as many rows as directions.
             padded = F.pad(difference, (0, 0, 0, max(0, rank - len(members))))
-            _, singular, basis = torch.svd_lowrank(padded, rank)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # the same on several devices, and in a resumed run
+                _, singular, basis = torch.svd_lowrank(padded, rank)
             own = (singular.square() + weight) / total
             others = (squares - singular.square().sum() + weight * (channels - rank)) / total / (channels - rank)
             self.round_variances[number] = (squares / channels + weight) / total

@@ -140,9 +140,17 @@ def _checkpoints(folder: Path) -> list[Callback]:
     ]
 
 
-@pytest.mark.parametrize("limit", [{}, {"max_steps": 7}])
-def test_resumed_run_lands_in_the_right_phase(quickstart: Quickstart, tmp_path: Path, limit: dict[str, int]) -> None:
-    model = small_dhkd(train_steps=8)
+def _assert_same(model: Dhkd, other: Dhkd) -> None:
+    """Assert that weights, calibration and thresholds are the same, bit for bit."""
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize(("limit", "cache_limit"), [({}, 2.0), ({}, None), ({"max_steps": 7}, 2.0)])
+def test_resumed_run_lands_in_the_right_phase(
+    quickstart: Quickstart, tmp_path: Path, limit: dict[str, int], cache_limit: float | None
+) -> None:
+    model = small_dhkd(train_steps=8, cache_limit=cache_limit)
     engine, _ = fit(quickstart, tmp_path, model, callbacks=_checkpoints(tmp_path / "saved"), **limit)
     steps = engine.trainer.global_step
     statistics = {key: value for key, value in model.state_dict().items() if "features.statistics" in key}
@@ -152,7 +160,7 @@ def test_resumed_run_lands_in_the_right_phase(quickstart: Quickstart, tmp_path: 
 
     for path in saved:
         stop = int(path.stem.split("-")[1])
-        resumed = small_dhkd(train_steps=8)
+        resumed = small_dhkd(train_steps=8, cache_limit=cache_limit)
         if path.stem == "step-7" and limit:
             # Saved after the last step and before its calibration; Lightning trains nothing, and tells nobody.
             with pytest.raises(UnfinishedError, match=r"No step was trained \(.*max_steps=7.*7 steps done before"):
@@ -165,6 +173,8 @@ def test_resumed_run_lands_in_the_right_phase(quickstart: Quickstart, tmp_path: 
         assert (resumed.model.anomaly_map_generator.log_mean != 0).all()
         # The teacher was trained on these statistics: a resumed run must keep them.
         assert all(torch.equal(resumed.state_dict()[key], value) for key, value in statistics.items())
+        if stop % 2 == 0:  # at the end of an epoch: as if nothing had happened
+            _assert_same(resumed, model)
 
 
 def test_resumed_with_another_budget_is_said(
