@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RESULTS := results/Dhkd/Quickstart/brick/latest
 CHANGED := results/changed_light
 
-.PHONY: quickstart test lint hooks test-mvtec browser format
+.PHONY: quickstart test lint hooks test-mvtec test-kill browser format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,10 @@ browser:
 # Train on real MVTec AD images (MVTEC_ROOT, default ../shared/data/mvtec_ad); a quarter of an hour on two cores.
 test-mvtec: $(VENV)/installed
 	$(BIN)/pytest -m mvtec -s
+
+# Kill a training at twenty moments and resume it: weights and thresholds must be the same; a quarter of an hour.
+test-kill: $(VENV)/installed
+	$(BIN)/pytest -m kill -s
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

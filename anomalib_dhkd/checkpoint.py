@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 KEY = "dhkd_arguments"
 """Where in a checkpoint the model's arguments are, and the class of its pre-processor."""
-FREE = {"train_steps", "cache_limit"}
-"""Arguments that may differ from the checkpoint's: they say how long a training takes, and how much memory."""
+FREE = {"train_steps", "cache_limit", "seed"}
+"""Arguments that may differ from the checkpoint's, of which a model that is trained needs none."""
 SETTINGS: dict[str, Any] = {
     "enable_normalization": True,
     "enable_thresholding": True,
@@ -44,8 +44,8 @@ class CheckpointMixin(AnomalibModule):
     A model that validates, tests or predicts with a checkpoint becomes the checkpoint's. Whether an argument was given
     can't be told from its default, so a default gives way to the checkpoint's argument; any other value that differs is
     an error. A resumed training must have all its arguments again, and ``load_from_checkpoint`` can't replace them:
-    there each difference is an error. ``train_steps`` and ``cache_limit`` are free. The post-processor's settings in
-    :data:`SETTINGS` that were given, or changed on the model, win over the checkpoint's.
+    there each difference is an error. Those in :data:`FREE` are free, but a resumed training keeps its seed. The
+    post-processor's settings in :data:`SETTINGS` that were given, or changed on the model, win over the checkpoint's.
 
     ``Engine.export`` with a checkpoint makes a model from it alone and drops the one that it is given. To export with
     other settings, load the model with them first.

@@ -39,7 +39,7 @@ from .metrics import DefinedEvaluator, ResponseShift, test_metrics
 from .post_processor import RankPreservingPostProcessor
 from .pre_processor import AntialiasingPreProcessor
 from .preflight import Preflight, check_given
-from .resume import ResumableMixin, TrainingEnd
+from .resume import ResumableMixin, TrainingEnd, seeded
 from .torch_model import DhkdModel
 from .views import Views
 from .visualizer import PathVisualizer
@@ -53,11 +53,9 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
 
     The teacher is trained first, then the student on the frozen teacher, in one ``fit``. Training ends by itself after
     ``train_steps`` optimiser steps, rounded up to whole epochs. The trainer's ``max_epochs`` and ``max_steps`` can only
-    shorten it; both phases then shrink in proportion. The phase follows from the global step, so that a resumed run
-    lands in the right one. Before a validation the model is calibrated as it is at that moment; validation, which sets
-    threshold and normalisation, runs once, at the end, unless ``check_val_every_n_epoch`` is above 1 or
-    ``val_check_interval`` is given. How a training ends that is cut short says
-    :class:`~anomalib_dhkd.resume.TrainingEnd`.
+    shorten it; both phases then shrink in proportion. The model is calibrated before each validation, which sets
+    threshold and normalisation: once, at the end, unless ``check_val_every_n_epoch`` is above 1 or
+    ``val_check_interval`` is given. See :class:`~anomalib_dhkd.resume.TrainingEnd` for trainings that are cut short.
 
     Args:
         backbone (str): Name of a timm model. The weights of ``efficientnet_lite0_bundled`` are installed with this
@@ -65,34 +63,31 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
             are read when a training begins; a checkpoint has them. Defaults to ``"efficientnet_lite0_bundled"``.
         layers (Sequence[str]): Layers of the backbone, finest first; each is one scale.
             Defaults to ``("blocks.2", "blocks.4")``.
-        weights (str | Path | None): Local file with a state dict of the whole timm model, to be used instead of a
-            download. Defaults to ``None``.
+        weights (str | Path | None): Local file with a state dict of the whole timm model. Defaults to ``None``.
         width (int): Channels inside teacher and student at the first layer, at least 1; at the other layers in
             proportion to their own channels. More take longer. Defaults to ``64``.
         flow_steps (int): Couplings of the normalising-flow teacher. 0 switches the flow off: the student then
             learns the standardised features themselves. Defaults to ``2``.
         student_blocks (int): Dual-domain blocks of the student. 0 switches the student off: the teacher's likelihood
             then takes the place of their difference, and the teacher trains for the whole budget. Defaults to ``1``.
-        frequency_branch (bool): Reconstruct in the frequency domain too; ``False`` leaves the spatial domain alone.
-            Defaults to ``False``, by measurement (``docs/log/results.md``).
+        frequency_branch (bool): Reconstruct in the frequency domain, too. Defaults to ``False``, by measurement.
         noise_std (float): Gaussian noise on the student's features in training, in standard deviations of a channel; 0
             switches it off. Defaults to ``0.2``.
-        affinity_weight (float): Weight of the teacher-student affinity loss; 0 leaves it off.
-            Defaults to ``0.0``, by measurement (``docs/log/results.md``).
+        affinity_weight (float): Weight of the teacher-student affinity loss. Defaults to ``0.0``, by measurement.
         num_gaussians (int): Local Gaussians of each of the two mixtures over the features of all layers, plain and
             averaged ones. 0 switches them off. Defaults to ``384``.
         image_score (str): How the image score is read off the map: ``"mean"``, ``"max"``, ``"topk"``, the mean of the
             highest hundredth of its positions, or ``"contrast"``, the same less a part of the mean, the default.
-        num_views (int): Changed views of each training image that are trained on beside the image itself, so that
-            other light is no defect; 0 for none. Defaults to ``3``.
+        num_views (int): Changed views of each training image that are trained on, too; 0 for none. Defaults to ``3``.
         view_transform (nn.Module | None): Makes a view of an image of shape ``(1, 3, H, W)``, as transforms of kornia
             and torchvision do. Defaults to ``None``, for :func:`~anomalib_dhkd.views.light_views`.
         train_steps (int): Budget of optimiser steps for both phases together, at least 2. Defaults to ``400``.
-        cache_limit (float | None): Features of the training images are extracted once and kept, in memory up to this
-            many GiB, above it in a memory-mapped temporary file; ``None`` extracts them at every step, as is done with
-            training augmentations. Defaults to ``2.0``.
-        pre_processor (PreProcessor | bool, optional): Pre-processor instance or flag to use default. Images must
-            leave it with values in [0, 1]. Defaults to ``True``.
+        cache_limit (float | None): GiB of memory for the features of the training images, above which they are kept in
+            a temporary file; ``None`` extracts them at every step, as with augmentations. Defaults to ``2.0``.
+        seed (int | None): What all random numbers of the training follow from, at least 0. Defaults to ``None``, for
+            PyTorch's own seed, which ``lightning.seed_everything`` sets but anomalib's command line doesn't.
+        pre_processor (PreProcessor | bool, optional): Pre-processor instance, which keeps images in [0, 1], or flag to
+            use default. Defaults to ``True``.
         post_processor (PostProcessor | bool, optional): Post-processor instance or flag to use default.
             Defaults to ``True``.
         evaluator (Evaluator | bool, optional): Evaluator instance or flag to use default. Defaults to ``True``.
@@ -119,6 +114,7 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
         view_transform: nn.Module | None = None,
         train_steps: int = 400,
         cache_limit: float | None = 2.0,
+        seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -128,13 +124,19 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         check_given(type(self), self.hparams)
-        for name, value, least in (("affinity_weight", affinity_weight, 0), ("train_steps", train_steps, 2)):
+        least_values = (
+            ("affinity_weight", affinity_weight, 0),
+            ("train_steps", train_steps, 2),
+            ("seed", seed or 0, 0),
+        )
+        for name, value, least in least_values:
             if not value >= least:
                 msg = f"{name} must be at least {least}, got {value!r}."
                 raise ValueError(msg)
         self.hparams.pop("view_transform")  # a checkpoint holds plain data; its model needs no more views
         self.views = Views(num_views, view_transform)
-        self.build()
+        with seeded(seed):
+            self.build()
 
     def build(self) -> None:
         """Make network, losses and cache from the arguments in ``hparams``."""

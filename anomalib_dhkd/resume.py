@@ -3,7 +3,8 @@
 """How a training ends, whatever ends it, and from where it can be resumed."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,15 @@ class ResumableMixin(AnomalibModule):
         self.budget, self.calibrated_step, self.resumed_budget, self.seed = budget, calibrated_step, budget, seed
 
 
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw random numbers from a seed and leave PyTorch's own as they were; with None draw those."""
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
 class TrainingEnd(Callback):
     """Leaves a finished model behind, or an error.
 
@@ -113,7 +123,8 @@ class TrainingEnd(Callback):
         if stage == "fit":
             pl_module.budget, pl_module.calibrated_step, pl_module.finished_checkpoint = Budget(0, 0), -1, False
             pl_module.resumed_budget = pl_module.resumed_from = None
-            pl_module.seed = torch.initial_seed()
+            seed = pl_module.hparams["seed"]
+            pl_module.seed = torch.initial_seed() if seed is None else seed
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Say if a run is resumed with another budget than it began with."""

@@ -107,6 +107,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     with anomalib_safe_globals(model.checkpoint_safe_globals()):  # hyper-parameters may be enumerations
         path = json.loads((folder / "result.json").read_text())["checkpoint"]
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model, datamodule
 

@@ -72,6 +72,49 @@ def test_interrupted_and_resumed(number: signal.Signals, quickstart_root: Path, 
     assert not _checkpoint(tmp_path, "unfinished").exists()
 
 
+def _killed(command: list[str], folder: Path, seconds: float) -> str:
+    """Start a training, kill it after some time, and return what it had logged."""
+    script = [str(Path(sys.executable).with_name("anomalib")), *command]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(script, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+    return (folder / "log.txt").read_text()
+
+
+@pytest.mark.kill
+def test_killed_at_twenty_moments_and_resumed(quickstart_root: Path, tmp_path: Path) -> None:
+    arguments = {"root": quickstart_root, "num_train": 64, "num_test": 2, "train_batch_size": 8, "num_workers": 0}
+    data = ["--data", "Quickstart", *(f"--data.{key}={value}" for key, value in arguments.items())]
+    command = [*TRAIN, *data, "--model.train_steps=160", "--model.seed=0"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    start = time.monotonic()
+    anomalib(whole, *command)
+    seconds = time.monotonic() - start
+    expected = Dhkd.load_from_checkpoint(_checkpoint(whole)).state_dict()
+    moments: list[str] = []
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        # From where the imports end to where the test begins.
+        log = _killed(command, folder, seconds * (0.3 + 0.6 * number / 20))
+        unfinished = _checkpoint(folder, "unfinished")
+        step = torch.load(unfinished, weights_only=True)["global_step"] if unfinished.exists() else 0
+        if _checkpoint(folder).exists():
+            moments.append("after the end")
+        else:
+            moments.append("calibration" if "Fitted" in log else f"step {step}" if "Extracting" in log else "start")
+            resumed = ["--ckpt_path", str(unfinished.resolve())] if step else []
+            anomalib(folder, *command, *resumed)
+        print(f"killed at {moments[-1]}", flush=True)  # noqa: T201
+        state = Dhkd.load_from_checkpoint(_checkpoint(folder)).state_dict()
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=0, atol=0, equal_nan=True, msg=f"{moments[-1]}: {name}")
+    assert len(set(moments)) > 5
+
+
 def test_max_time(quickstart_root: Path, tmp_path: Path) -> None:
     """In the student's phase, which begins after two of its steps' time: 4 steps of 100,000 are the teacher's."""
     output = anomalib(

@@ -33,7 +33,7 @@ def test_train_and_export(
 ) -> None:
     start = time.monotonic()
     data = ["--data", "MVTec", "--data.root", str(ROOT), "--data.category", category]
-    anomalib(tmp_path, "train", "--model", "anomalib_dhkd.Dhkd", *data, "--seed_everything", "0")
+    anomalib(tmp_path, "train", "--model", "anomalib_dhkd.Dhkd", *data, "--model.seed", "0")
     minutes = (time.monotonic() - start) / 60
     results = tmp_path / "results" / "Dhkd" / "MVTec" / category / "latest"
     checkpoint = results / "weights" / "lightning" / "model.ckpt"

@@ -146,6 +146,19 @@ def _assert_same(model: Dhkd, other: Dhkd) -> None:
         torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
+@pytest.mark.parametrize("cache_limit", [2.0, None])
+def test_all_follows_from_the_seed(quickstart: Quickstart, tmp_path: Path, cache_limit: float | None) -> None:
+    models = []
+    for name, (others, workers, seed) in enumerate([(1, 0, 3), (2, 2, 3), (1, 0, 4)]):
+        torch.manual_seed(others)
+        quickstart.num_workers = workers
+        models.append(small_dhkd(train_steps=4, seed=seed, cache_limit=cache_limit))
+        fit(quickstart, tmp_path / str(name), models[-1])
+    if cache_limit is not None:  # else worker processes draw the order before the training begins
+        _assert_same(models[1], models[0])
+    assert models[2].post_processor.image_threshold != models[0].post_processor.image_threshold
+
+
 @pytest.mark.parametrize(("limit", "cache_limit"), [({}, 2.0), ({}, None), ({"max_steps": 7}, 2.0)])
 def test_resumed_run_lands_in_the_right_phase(
     quickstart: Quickstart, tmp_path: Path, limit: dict[str, int], cache_limit: float | None
