@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from . import backbones  # noqa: F401  # registers the bundled backbones with timm
+from .moments import mean_and_variance, moments
 
 NEIGHBOURHOOD = 3
 """Rows and columns of a neighbourhood, over which features are averaged."""
@@ -60,10 +61,7 @@ class FeaturePyramid(nn.Module):
         self.register_buffer("image_std", torch.tensor(source["std"]).view(1, -1, 1, 1), persistent=False)
         self.image_mean: torch.Tensor
         self.image_std: torch.Tensor
-        # Cumulative statistics (momentum=None), no affine part: exactly "standardise by training statistics".
-        self.statistics = nn.ModuleList(
-            nn.BatchNorm2d(channels, affine=False, momentum=None) for channels in self.channels
-        )
+        self.statistics: Any = nn.ModuleList(nn.BatchNorm2d(channels, affine=False) for channels in self.channels)
         self.eval()
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
@@ -113,13 +111,14 @@ class FeaturePyramid(nn.Module):
         Args:
             batches (Iterable[list[torch.Tensor]]): Features of the training images, as :meth:`extract` returns them.
         """
-        for module in self.statistics:
-            if isinstance(module, nn.BatchNorm2d):
-                module.reset_running_stats()
-        self.statistics.train()
+        sums: list[Any] = [0.0 for _ in self.statistics]
         for features in batches:
-            self.standardise(features)
-        self.statistics.eval()
+            for index, feature in enumerate(features):
+                sums[index] += moments(feature.cpu().double().movedim(1, -1).flatten(0, -2))
+        for statistics, total in zip(self.statistics, sums, strict=True):
+            mean, variance = mean_and_variance(total)
+            statistics.running_mean.copy_(mean)
+            statistics.running_var.copy_(variance)
 
 
 def average(features: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -155,15 +155,35 @@ def test_mixed_precision(quickstart: Quickstart, tmp_path: Path, caplog: pytest.
 
 
 def test_several_devices(quickstart_root: Path, tmp_path: Path) -> None:
+    """An odd number of images, of which one device gets more than the other."""
     model = ["--model", "anomalib_dhkd.Dhkd", *(f"--model.{key}={value}" for key, value in SMALL.items())]
-    data = ["--data", "Quickstart", "--data.root", str(quickstart_root), "--data.num_train=8", "--data.num_test=2"]
+    data = ["--data", "Quickstart", "--data.root", str(quickstart_root), "--data.num_train=7", "--data.num_test=2"]
     batches = ["--data.train_batch_size=2", "--data.num_workers=0", "--model.train_steps=8"]
     devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
-    output = anomalib(tmp_path, "train", *model, *data, *batches, *devices)
-    assert "DHKD trains for 8 steps (4 epochs)" in output  # of 2 steps, half as many as with one device
-    checkpoint = torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=False)
-    assert checkpoint["global_step"] == 8
-    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    checkpoints = []
+    for name, more in (("one", []), ("kept", devices), ("extracted", [*devices, "--model.cache_limit=null"])):
+        (tmp_path / name).mkdir()
+        output = anomalib(tmp_path / name, "train", *model, *data, *batches, *more)
+        steps = "2 epochs" if name == "one" else "4 epochs"  # of 2 steps, half as many as with one device
+        assert f"DHKD trains for 8 steps ({steps})" in output
+        checkpoints.append(next((tmp_path / name).rglob("model.ckpt")))
+    states = [torch.load(path, weights_only=True) for path in checkpoints]
+    assert [state["global_step"] for state in states] == [8, 8, 8]
+    one, kept, extracted = (state["state_dict"] for state in states)
+    assert all(value.isfinite().all() for weights in (kept, extracted) for value in weights.values())
+    # What is estimated from images is estimated from all of them: exactly, or but for half precision.
+    for key, value in one.items():
+        if "statistics" in key or ".mixtures." in key:
+            torch.testing.assert_close(kept[key], value, rtol=0, atol=0, msg=key)
+        if "statistics" in key:
+            torch.testing.assert_close(extracted[key], value, rtol=1e-3, atol=1e-3, msg=key)
+    # The thresholds come from the validation images of both.
+    datamodule = Quickstart(root=quickstart_root, num_train=7, num_test=2, num_workers=0)
+    trained = Dhkd.load_from_checkpoint(checkpoints[1])
+    expected = trained.post_processor.image_threshold.clone()
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False)
+    engine.validate(model=trained, datamodule=datamodule)
+    torch.testing.assert_close(trained.post_processor.image_threshold, expected)
 
 
 def test_help_is_readable(tmp_path: Path) -> None:
