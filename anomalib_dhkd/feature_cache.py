@@ -170,7 +170,7 @@ class FeatureCache(Callback):
         self._kept: FeatureDataset | None = None
         self._images: Any = None
         self._num_workers = 0
-        self._generator = torch.Generator()
+        self._generator: torch.Generator | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Put the data set of features into the data module, still empty."""
@@ -178,6 +178,7 @@ class FeatureCache(Callback):
         if stage != "fit":
             return
         datamodule: Any = trainer.datamodule
+        self._generator = torch.Generator()
         if reason := self._reason_against(trainer, datamodule):
             logger.info("Features are extracted at every step, because %s.", reason)
             return
@@ -229,7 +230,8 @@ class FeatureCache(Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Have the epoch's order and views follow from the training's seed and the step, as a resumed run has them."""
         del trainer  # Unused argument.
-        self._generator.manual_seed(pl_module.seed_of(0))
+        if self._generator is not None:
+            self._generator.manual_seed(pl_module.seed_of(0))
 
     def features(self, batch: Any, pl_module: Any) -> list[torch.Tensor]:
         """Return the features of a batch in training: each image's as it is, or of one of its views.
@@ -278,6 +280,7 @@ class FeatureCache(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the data module its images back."""
         del pl_module, stage  # Unused arguments.
+        self._generator = None  # worker processes couldn't be given the model with it
         if self._kept is not None:
             datamodule: Any = trainer.datamodule
             datamodule.train_data, datamodule.num_workers = self._images, self._num_workers

@@ -143,7 +143,6 @@ def measure_parity(model: Any, datamodule: Any, names: Sequence[str], folder: Pa
     metrics = [metric for metric in model.evaluator.test_metrics if metric.name in METRICS]
     model.evaluator = Evaluator(test_metrics=metrics)
     (expected,) = engine.test(model, datamodule)
-    size = model.pre_processor.transform.size
     rows, runs = [], []
     for index, name in enumerate(names):
         run, size_of_file = export(model, datamodule, FORMATS[name], folder / str(index))
@@ -175,7 +174,7 @@ def measure_parity(model: Any, datamodule: Any, names: Sequence[str], folder: Pa
             metric.reset()
         rows.append(row | {"size [MB]": size_of_file / 1e6})
         runs.append(run)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = model.input_size
     image = np.random.default_rng(0).random((BATCH_SIZE, 3, height, width), dtype=np.float32)
     for key, count in (("latency [ms]", 1), (f"latency of {BATCH_SIZE} [ms]", BATCH_SIZE)):
         for row, seconds in zip(rows, medians([partial(run, image[:count]) for run in runs], ROUNDS), strict=True):

@@ -82,21 +82,23 @@ class Benchmark(Pipeline):
         """Return runners for the trainings, the changed images, the exported files and the comparison of inference."""
         results_dir = Path(args["results_dir"])
         executor: Executor
+        alone: Executor
         if args.get("scheduler"):
             require("dask", "distributed")
             from distributed import Client  # noqa: PLC0415  # an optional extra
 
             client = Client(args["scheduler"])
             executor, workers, devices = client.get_executor(), sum(client.nthreads().values()), 0
+            alone = executor
         else:
             workers = args["workers"]
-            executor = ThreadPoolExecutor(workers)
+            executor, alone = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)  # what is timed has the machine alone
             devices = torch.cuda.device_count() if args["accelerator"] == "cuda" else 0
         return [
             ProgressRunner(TrainingJobGenerator(results_dir, args["accelerator"]), executor, workers, devices),
             ProgressRunner(RetestJobGenerator(results_dir, "robustness"), executor, workers, devices),
-            ProgressRunner(RetestJobGenerator(results_dir, "parity"), executor, 1),
-            ProgressRunner(InferenceJobGenerator(results_dir), executor, 1),
+            ProgressRunner(RetestJobGenerator(results_dir, "parity"), alone, 1),
+            ProgressRunner(InferenceJobGenerator(results_dir), alone, 1),
         ]
 
     def run(self, args: Namespace | None = None) -> None:
