@@ -56,7 +56,7 @@ browser:
 test-mvtec: $(VENV)/installed
 	$(BIN)/pytest -m mvtec -s
 
-# Kill a training at twenty moments and resume it: weights and thresholds must be the same; a quarter of an hour.
+# Kill a training at twenty moments and resume it: weights and thresholds must be the same; twenty minutes.
 test-kill: $(VENV)/installed
 	$(BIN)/pytest -m kill -s
 
