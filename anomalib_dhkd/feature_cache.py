@@ -258,8 +258,15 @@ class FeatureCache(Callback):
             list[torch.Tensor]: A map of shape ``(B, C, h, w)`` a scale, on the model's device.
         """
         if self._kept is None:
+            training: Any = trainer.train_dataloader  # of which several devices have a part each, and in another order
+            loader = DataLoader(
+                training.dataset,
+                batch_size=training.batch_size,
+                num_workers=training.num_workers,
+                collate_fn=training.collate_fn,
+            )
             batches = int(trainer.num_training_batches) * trainer.world_size
-            yield from self._extract(pl_module, itertools.islice(_in_order(trainer.train_dataloader), batches))
+            yield from self._extract(pl_module, itertools.islice(loader, batches))
             return
         for features in self._kept.batches(trainer.datamodule.train_batch_size):
             yield [feature.to(pl_module.device) for feature in features]
@@ -291,8 +298,3 @@ class FeatureCache(Callback):
         """Do the same after an error, after which Lightning calls no ``teardown``."""
         del exception  # Unused argument.
         self.teardown(trainer, pl_module, "fit")
-
-
-def _in_order(loader: Any) -> DataLoader:
-    """Return a loader of all its images in their order; several devices share the training's own."""
-    return DataLoader(loader.dataset, loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)

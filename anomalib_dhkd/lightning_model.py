@@ -32,6 +32,7 @@ from torchvision.transforms.v2 import Resize
 
 from .budget import fit_into
 from .checkpoint import CheckpointMixin
+from .components.seeding import seeded
 from .export import FaithfulExportMixin
 from .feature_cache import FeatureBatch, FeatureCache
 from .loss import AffinityLoss, DistillationLoss, FlowLoss
@@ -39,7 +40,7 @@ from .metrics import DefinedEvaluator, ResponseShift, test_metrics
 from .post_processor import RankPreservingPostProcessor
 from .pre_processor import AntialiasingPreProcessor
 from .preflight import Preflight, check_given
-from .resume import ResumableMixin, TrainingEnd, seeded
+from .resume import ResumableMixin, TrainingEnd
 from .torch_model import DhkdModel
 from .views import Views
 from .visualizer import PathVisualizer
@@ -124,12 +125,8 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         check_given(type(self), self.hparams)
-        least_values = (
-            ("affinity_weight", affinity_weight, 0),
-            ("train_steps", train_steps, 2),
-            ("seed", seed or 0, 0),
-        )
-        for name, value, least in least_values:
+        given = {"affinity_weight": (affinity_weight, 0), "train_steps": (train_steps, 2), "seed": (seed or 0, 0)}
+        for name, (value, least) in given.items():
             if not value >= least:
                 msg = f"{name} must be at least {least}, got {value!r}."
                 raise ValueError(msg)

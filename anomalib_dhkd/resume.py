@@ -3,8 +3,7 @@
 """How a training ends, whatever ends it, and from where it can be resumed."""
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -94,15 +93,6 @@ class ResumableMixin(AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         self.resumed_from = path if fitting else None
         self.budget, self.calibrated_step, self.resumed_budget, self.seed = budget, calibrated_step, budget, seed
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Draw random numbers from a seed and leave PyTorch's own as they were; with None draw those."""
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
 
 
 class TrainingEnd(Callback):

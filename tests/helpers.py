@@ -33,6 +33,14 @@ def small_dhkd(**changes: Any) -> Dhkd:
     return Dhkd(**(SMALL | {"pre_processor": Dhkd.configure_pre_processor((64, 64))} | changes))
 
 
+def assert_same(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Assert that weights, calibration and thresholds are the same, bit for bit."""
+    state = other.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
 class Trained(NamedTuple):
     """A trained model, a new engine and a new data module."""
 

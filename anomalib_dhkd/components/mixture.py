@@ -10,6 +10,8 @@ from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from .seeding import seeded
+
 logger = logging.getLogger(__name__)
 
 MAX_VALUES = 20_000_000
@@ -124,8 +126,7 @@ class FeatureMixture(nn.Module):
             squares = difference.square().sum()
             # Rows of zeros, because the decomposition needs as many rows as directions.
             padded = F.pad(difference, (0, 0, 0, max(0, rank - len(members))))
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # the same on several devices, and in a resumed run
+            with seeded(0):  # the same on several devices, and in a resumed run
                 _, singular, basis = torch.svd_lowrank(padded, rank)
             own = (singular.square() + weight) / total
             others = (squares - singular.square().sum() + weight * (channels - rank)) / total / (channels - rank)

@@ -15,13 +15,12 @@ from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from anomalib_dhkd import Dhkd, Quickstart, RankPreservingPostProcessor
 from anomalib_dhkd.checkpoint import KEY, check_placement, check_restorable
-from tests.helpers import SMALL, Trained, fit, small_dhkd
+from tests.helpers import SMALL, Trained, assert_same, fit, small_dhkd
 
 
 class Inverting(PreProcessor):
@@ -57,13 +56,6 @@ def _changed(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any]], 
     return folder / "changed.ckpt"
 
 
-def _assert_same(model: nn.Module, other: nn.Module) -> None:
-    state = other.state_dict()
-    assert model.state_dict().keys() == state.keys()
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True, msg=name)
-
-
 @pytest.mark.parametrize("method", ["predict", "test", "validate"])
 def test_a_model_with_defaults_becomes_the_checkpoints(method: str, trained: Trained) -> None:
     engine, restored, datamodule, checkpoint = trained
@@ -71,7 +63,7 @@ def test_a_model_with_defaults_becomes_the_checkpoints(method: str, trained: Tra
     getattr(engine, method)(model=model, datamodule=datamodule, ckpt_path=checkpoint)
     assert model.hparams["width"] == 8
     assert model.model.anomaly_map_generator.image_score == restored.model.anomaly_map_generator.image_score
-    _assert_same(model, restored)
+    assert_same(model, restored)
     if method == "predict":
         scores = [batch.pred_score for batch in engine.predict(model=restored, datamodule=datamodule)]
         again = [
@@ -139,17 +131,17 @@ def test_one_model_can_take_one_checkpoint_after_another(
 
 def test_a_checkpoint_from_before_the_arguments_had_their_place_is_read(trained: Trained, tmp_path: Path) -> None:
     checkpoint = _changed(trained.checkpoint, tmp_path, lambda content: content.pop(KEY))
-    _assert_same(Dhkd.load_from_checkpoint(checkpoint), trained.model)
+    assert_same(Dhkd.load_from_checkpoint(checkpoint), trained.model)
     model = Dhkd()
     trained.engine.test(model=model, datamodule=trained.datamodule, ckpt_path=checkpoint, verbose=False)
-    _assert_same(model, trained.model)
+    assert_same(model, trained.model)
 
 
 def test_metrics_of_the_training_are_no_conflict(quickstart: Quickstart, tmp_path: Path) -> None:
     evaluator = Evaluator(test_metrics=[AUPRO(fields=["anomaly_map", "gt_mask"])])
     model = small_dhkd(train_steps=2, evaluator=evaluator)
     engine, _ = fit(quickstart, tmp_path, model)
-    _assert_same(Dhkd.load_from_checkpoint(engine.best_model_path).model, model.model)
+    assert_same(Dhkd.load_from_checkpoint(engine.best_model_path).model, model.model)
 
 
 def test_weights_come_from_the_checkpoint(quickstart: Quickstart, tmp_path: Path) -> None:
@@ -160,15 +152,15 @@ def test_weights_come_from_the_checkpoint(quickstart: Quickstart, tmp_path: Path
     engine, _ = fit(quickstart, tmp_path, model)
     weights.unlink()
     restored = Dhkd.load_from_checkpoint(engine.best_model_path)
-    _assert_same(restored, model)
+    assert_same(restored, model)
     predicting = Dhkd()
     _engine(tmp_path).test(model=predicting, datamodule=quickstart, ckpt_path=engine.best_model_path, verbose=False)
-    _assert_same(predicting, model)
+    assert_same(predicting, model)
     assert torch.equal(predicting.model.features.image_mean, model.model.features.image_mean)
     # Neither does a model that was made with the same arguments need them, nor one that is trained anew.
     predicting = small_dhkd(**backbone)
     _engine(tmp_path).test(model=predicting, datamodule=quickstart, ckpt_path=engine.best_model_path, verbose=False)
-    _assert_same(predicting, model)
+    assert_same(predicting, model)
     fit(quickstart, tmp_path / "anew", restored)
     assert torch.equal(restored.model.features.backbone.conv1.weight, model.model.features.backbone.conv1.weight)
     with pytest.raises(FileNotFoundError, match="weights must be a file"):
@@ -284,7 +276,7 @@ def test_no_pre_processor(quickstart: Quickstart, tmp_path: Path) -> None:
 def test_a_trained_model_can_be_pickled_and_works_in_a_spawned_worker(quickstart: Quickstart, tmp_path: Path) -> None:
     model = small_dhkd(train_steps=2)
     fit(quickstart, tmp_path, model)
-    _assert_same(pickle.loads(pickle.dumps(model)), model)  # noqa: S301  # our own
+    assert_same(pickle.loads(pickle.dumps(model)), model)  # noqa: S301  # our own
     scores = Scores(model.eval().share_memory())
     loader = DataLoader(scores, num_workers=1, multiprocessing_context="spawn")
     for found, expected in zip(loader, scores, strict=False):

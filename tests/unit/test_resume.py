@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from anomalib_dhkd import Dhkd, Quickstart
 from anomalib_dhkd.resume import UnfinishedError
-from tests.helpers import Trained, fit, small_dhkd
+from tests.helpers import Trained, assert_same, fit, small_dhkd
 
 
 class TimeUp(Timer):
@@ -140,12 +140,6 @@ def _checkpoints(folder: Path) -> list[Callback]:
     ]
 
 
-def _assert_same(model: Dhkd, other: Dhkd) -> None:
-    """Assert that weights, calibration and thresholds are the same, bit for bit."""
-    for name, value in other.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
-
-
 @pytest.mark.parametrize("cache_limit", [2.0, None])
 def test_all_follows_from_the_seed(quickstart: Quickstart, tmp_path: Path, cache_limit: float | None) -> None:
     models = []
@@ -155,7 +149,7 @@ def test_all_follows_from_the_seed(quickstart: Quickstart, tmp_path: Path, cache
         models.append(small_dhkd(train_steps=4, seed=seed, cache_limit=cache_limit))
         fit(quickstart, tmp_path / str(name), models[-1])
     if cache_limit is not None:  # else worker processes draw the order before the training begins
-        _assert_same(models[1], models[0])
+        assert_same(models[1], models[0])
     assert models[2].post_processor.image_threshold != models[0].post_processor.image_threshold
 
 
@@ -187,7 +181,7 @@ def test_resumed_run_lands_in_the_right_phase(
         # The teacher was trained on these statistics: a resumed run must keep them.
         assert all(torch.equal(resumed.state_dict()[key], value) for key, value in statistics.items())
         if stop % 2 == 0:  # at the end of an epoch: as if nothing had happened
-            _assert_same(resumed, model)
+            assert_same(resumed, model)
 
 
 def test_resumed_with_another_budget_is_said(
