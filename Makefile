@@ -34,9 +34,10 @@ docs/quickstart.png: $(VENV)/installed
 		files = sorted(Path('$(RESULTS)/images/test').glob('[!g]*/000.png')); \
 		io.imsave('$@', numpy.vstack([io.imread(file) for file in files]))"
 
-# Linter, type checker, tests; how much of the package they run is printed at the end. Two processes share the files.
+# Linter, type checker, tests; how much of the package they run is printed at the end. Two processes share the files;
+# should one crash, the other would wait for its tests without end, so that ends the run.
 test: lint
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile --cov=anomalib_dhkd --cov-report=term
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0 --cov=anomalib_dhkd --cov-report=term
 
 # What is checked before each commit, too, once `make hooks` was called.
 lint: $(VENV)/installed

@@ -2,7 +2,10 @@
 
 """Fixtures shared by the tests."""
 
+import ctypes
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,22 @@ from tests.helpers import SMALL, Trained, fit
 # The tests' networks are small, and two test processes share the cores; threads that wait for each other would spin.
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 torch.set_num_threads(1)
+
+
+if sys.platform == "linux":
+
+    class SignalStack(ctypes.Structure):
+        _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol() -> Iterator[None]:
+        """Restore the thread's stack for signals: two OpenVINO Cores may leave a freed one, which ends the process."""
+        stack, libc = SignalStack(), ctypes.CDLL(None)
+        libc.sigaltstack(None, ctypes.byref(stack))
+        try:
+            return (yield)
+        finally:
+            libc.sigaltstack(ctypes.byref(stack), None)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -102,12 +102,23 @@ def can_be_loaded(path: Path, image_size: int) -> bool:
     return subprocess.run(command, check=False).returncode == 0  # noqa: S603
 
 
+@cache
+def openvino_core() -> ov.Core:
+    """Return the process's only Core.
+
+    Each sets up the thread's stack for signals. If two end in the order in which they began, a freed one stays, and the
+    next signal, such as that of a data loader's worker that ends, ends the process.
+    """
+    return ov.Core()
+
+
 def compile_file(path: Path, precision: str, image_size: int, options: dict[str, Any]) -> ov.CompiledModel:
     """Have OpenVINO compile a file for one image, because anomalib leaves their number open, which costs time."""
-    core = ov.Core()
-    model = core.read_model(path)
+    model = openvino_core().read_model(path)
     model.reshape([1, 3, image_size, image_size])
-    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": PRECISIONS[precision][1], **options})
+    return openvino_core().compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": PRECISIONS[precision][1], **options}
+    )
 
 
 def medians(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:

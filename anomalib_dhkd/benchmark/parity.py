@@ -16,7 +16,7 @@ from anomalib.engine import Engine
 from anomalib.metrics import Evaluator
 from jsonargparse import ArgumentParser
 
-from .inference import BATCH_SIZE, medians
+from .inference import BATCH_SIZE, medians, openvino_core
 from .predictions import PredictionRecorder
 
 Outputs = dict[str, np.ndarray]
@@ -107,7 +107,8 @@ def export(model: Any, datamodule: Any, format_: Format, folder: Path) -> tuple[
         import onnxruntime  # noqa: PLC0415  # an optional extra
 
         return partial(_run_onnx, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])), size
-    return partial(_run_openvino, ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})), size
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    return partial(_run_openvino, compiled), size
 
 
 @torch.inference_mode()

@@ -5,8 +5,6 @@
 import shutil
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,9 +100,8 @@ def test_images_are_read_once(tmp_path: Path) -> None:
     assert not (datamodule.root / "brick" / "train").exists()
 
 
-def _trained_with_a_worker(root: Path, folder: Path) -> tuple[list[Any], torch.Size, int]:
-    """Return what trains and with how many workers at its start; an image and the number of workers afterwards."""
-    datamodule = Quickstart(root=root, num_train=8, num_test=2, train_batch_size=4, num_workers=1)
+def test_the_data_module_has_its_images_and_workers_back(quickstart_root: Path, tmp_path: Path) -> None:
+    datamodule = Quickstart(root=quickstart_root, num_train=8, num_test=2, train_batch_size=4, num_workers=1)
     seen: list[Any] = []
 
     class Look(Callback):
@@ -112,17 +109,10 @@ def _trained_with_a_worker(root: Path, folder: Path) -> tuple[list[Any], torch.S
             workers = trainer.train_dataloader.num_workers
             seen.extend([type(datamodule.train_data).__name__, datamodule.num_workers, workers])
 
-    fit(datamodule, folder, small_dhkd(train_steps=2), callbacks=[Look()])
-    return seen, datamodule.train_data[0].image.shape, datamodule.num_workers
-
-
-def test_the_data_module_has_its_images_and_workers_back(quickstart_root: Path, tmp_path: Path) -> None:
-    # In a process of its own: where OpenVINO was used before, the end of a data loader's worker can end the process.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        seen, shape, workers = executor.submit(_trained_with_a_worker, quickstart_root, tmp_path).result()
+    fit(datamodule, tmp_path, small_dhkd(train_steps=2), callbacks=[Look()])
     assert seen == ["FeatureDataset", 1, 0]
-    assert shape == (3, 64, 64)
-    assert workers == 1
+    assert datamodule.train_data[0].image.shape == (3, 64, 64)
+    assert datamodule.num_workers == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells of mapped files")
