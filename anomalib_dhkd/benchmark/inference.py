@@ -104,11 +104,7 @@ def can_be_loaded(path: Path, image_size: int) -> bool:
 
 @cache
 def openvino_core() -> ov.Core:
-    """Return the process's only Core.
-
-    Each sets up the thread's stack for signals. If two end in the order in which they began, a freed one stays, and the
-    next signal, such as that of a data loader's worker that ends, ends the process.
-    """
+    """Return the process's only Core: two that end as they began leave the thread a freed stack for its signals."""
     return ov.Core()
 
 
