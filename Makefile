@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RESULTS := results/Dhkd/Quickstart/brick/latest
 CHANGED := results/changed_light
 
-.PHONY: quickstart test lint hooks test-mvtec test-kill browser format
+.PHONY: quickstart test lint hooks test-mvtec test-kill test-load browser format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,10 @@ test-mvtec: $(VENV)/installed
 # Kill a training at twenty moments and resume it: weights and thresholds must be the same; twenty minutes.
 test-kill: $(VENV)/installed
 	$(BIN)/pytest -m kill -s
+
+# Twenty thousand training images, large validation images, a week of `watch` in small: time and memory; half an hour.
+test-load: $(VENV)/installed
+	$(BIN)/pytest -m load -s
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

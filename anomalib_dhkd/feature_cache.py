@@ -5,6 +5,7 @@
 import itertools
 import logging
 import mmap
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -138,6 +139,8 @@ class FeatureDataset(Dataset):
             raise OSError(msg)
         with tempfile.TemporaryFile() as file:
             file.truncate(needed)
+            if hasattr(os, "posix_fallocate"):  # without room of its own, a disk that fills up would end the process
+                os.posix_fallocate(file.fileno(), 0, needed)
             self.file = mmap.mmap(file.fileno(), needed)
         values = torch.frombuffer(self.file, dtype=torch.float16)
         return [part.view(shape) for part, shape in zip(values.split(sizes), shapes, strict=True)]

@@ -8,31 +8,11 @@ from typing import Any
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName, ValSplitMode
-from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from torchmetrics import CatMetric
-from torchmetrics.utilities import dim_zero_cat
 
-
-class SeparatingThreshold(F1AdaptiveThreshold):
-    """Threshold of the highest F1, halfway between the scores that it separates.
-
-    anomalib's is the lowest score that counts as anomalous. Labels are of scores above the threshold, so that this one
-    would lose its own; and in another runtime, rounding would decide.
-    """
-
-    def compute(self) -> torch.Tensor:  # type: ignore[override]  # anomalib's is a threshold, torchmetrics' a curve
-        """Compute the threshold.
-
-        Returns:
-            torch.Tensor: Threshold of shape ``()``; the lowest or highest score if all images are of one class.
-        """
-        threshold = super().compute()
-        scores, targets = dim_zero_cat(self.preds), dim_zero_cat(self.target)
-        lower = scores[scores < threshold]
-        # The highest good score, where there are no others, already is the threshold that it should be.
-        return lower.amax() / 2 + threshold / 2 if len(lower) and targets.any() else threshold
+from .thresholds import ImageThreshold, PixelThreshold
 
 
 class RankPreservingPostProcessor(PostProcessor):
@@ -49,14 +29,13 @@ class RankPreservingPostProcessor(PostProcessor):
     floating-point operation is monotone, so the order of two scores is never reversed. As in anomalib, a sensitivity
     :math:`s` puts the threshold of the normalised scores at :math:`1 - s`.
 
-    Thresholds are anomalib's, which maximise F1 on validation images, that of images as in
-    :class:`SeparatingThreshold`, unless ``false_alarm_rate`` is given. Then they come from the good validation images
-    alone: of :math:`n` scores, the image threshold is the :math:`\lceil (n + 1) (1 - \alpha) \rceil`-th smallest, and
-    the pixel threshold is the same of the highest pixels of the :math:`n` maps. A good image then has an image score,
-    and likewise any pixel, above its threshold with a probability of at most :math:`\alpha` (split conformal
-    prediction, Vovk et al., 2005), whatever the scores' distribution, if it is drawn from where the validation images
-    were drawn from. The images must not have been trained on, nor be tested on: give the data module
-    ``val_split_mode="from_train"``.
+    Thresholds maximise F1 on validation images, as anomalib's do, see :mod:`~anomalib_dhkd.thresholds`, unless
+    ``false_alarm_rate`` is given. Then they come from the good validation images alone: of :math:`n` scores, the image
+    threshold is the :math:`\lceil (n + 1) (1 - \alpha) \rceil`-th smallest, and the pixel threshold is the same of the
+    highest pixels of the :math:`n` maps. A good image then has an image score, and likewise any pixel, above its
+    threshold with a probability of at most :math:`\alpha` (split conformal prediction, Vovk et al., 2005), whatever the
+    scores' distribution, if it is drawn from where the validation images were drawn from. The images must not have been
+    trained on, nor be tested on: give the data module ``val_split_mode="from_train"``.
 
     Args:
         false_alarm_rate (float | None): Rate :math:`\alpha` of false alarms among good images, above 0 and below 1. It
@@ -85,7 +64,8 @@ class RankPreservingPostProcessor(PostProcessor):
         self.false_alarm_rate = false_alarm_rate
         self.normal_image_scores: list[float] = []
         self.normal_pixel_scores: list[float] = []
-        self._image_threshold_metric = SeparatingThreshold(fields=["pred_score", "gt_label"], strict=False)
+        self._image_threshold_metric = ImageThreshold(fields=["pred_score", "gt_label"], strict=False)
+        self._pixel_threshold_metric = PixelThreshold(fields=["anomaly_map", "gt_mask"], strict=False)
         self._normal_image_metric = CatMetric()
         self._normal_pixel_metric = CatMetric()
 

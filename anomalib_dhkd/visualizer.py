@@ -5,6 +5,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from anomalib.loggers.base import ImageLoggerBase
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 
@@ -16,6 +18,8 @@ class PathVisualizer(ImageVisualizer):
     a data module's images keep these names, unless another image has had the name already. That one, and each image
     that comes from no data module, has its whole path below ``output_dir``: relative to the working directory, or to
     the file system's root if it lies elsewhere.
+
+    anomalib's loggers (TensorBoard, MLflow, W&B, Comet) get the first picture of each folder of images, too.
 
     Args:
         **kwargs: Arguments of :class:`anomalib.visualization.ImageVisualizer`.
@@ -29,6 +33,7 @@ class PathVisualizer(ImageVisualizer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.images: dict[Path, Path] = {}
+        self.logged: set[Path] = set()
 
     def file_of(self, image_path: str | Path, datamodule: Any) -> Path:
         """Return where the picture of an image goes.
@@ -54,17 +59,19 @@ class PathVisualizer(ImageVisualizer):
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Save the pictures of a batch.
+        """Save the pictures of a batch, and log the first one of each folder.
 
         Args:
             trainer (Trainer): Lightning trainer.
             pl_module (Dhkd): Unused.
             outputs (Batch): Unused.
             batch (ImageBatch): Images with predictions.
-            batch_idx (int): Unused.
+            batch_idx (int): 0 for the first batch.
             dataloader_idx (int): Unused.
         """
-        del pl_module, outputs, batch_idx, dataloader_idx  # Unused arguments.
+        del pl_module, outputs, dataloader_idx  # Unused arguments.
+        if batch_idx == 0:
+            self.logged.clear()
         if self.output_dir is None:
             self.output_dir = Path(trainer.default_root_dir) / "images"
         for item in batch:
@@ -73,3 +80,9 @@ class PathVisualizer(ImageVisualizer):
                 file = self.file_of(item.image_path, getattr(trainer, "datamodule", None))
                 file.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(file)
+                if file.parent not in self.logged:
+                    self.logged.add(file.parent)
+                    name = file.relative_to(self.output_dir).as_posix()
+                    for logger in trainer.loggers:
+                        if isinstance(logger, ImageLoggerBase):
+                            logger.add_image(np.asarray(picture), name, global_step=trainer.global_step)

@@ -2,14 +2,17 @@
 
 """What several tests use."""
 
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import openvino as ov
+import pytest
 import torch
 from anomalib.engine import Engine
 from lightning.pytorch import Callback
@@ -108,6 +111,22 @@ def anomalib(folder: Path, *arguments: str) -> str:
     completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
     return completed.stdout + completed.stderr
+
+
+@contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[None]:
+    """Mount something at an empty folder; skip the test where that can't be done."""
+    folder.mkdir(exist_ok=True)
+    mount, unmount = shutil.which("mount"), shutil.which("umount")
+    if mount is None or unmount is None:
+        pytest.skip("there is no mount")
+    done = subprocess.run([mount, *options, str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mounting takes root: {done.stderr}")
+    try:
+        yield
+    finally:
+        subprocess.run([unmount, "--lazy", str(folder)], check=True)
 
 
 def openvino_differences(path: Path, model: Dhkd, images: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:

