@@ -6,15 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from anomalib.cli.cli import AnomalibCLI
+from anomalib.deploy import ExportType
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from anomalib_dhkd import Dhkd, Quickstart
-from tests.helpers import fit, small_dhkd
+from tests.helpers import fit, openvino_differences, small_dhkd
 
 QUICK = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LEAST = {
@@ -90,6 +92,7 @@ def test_missing_files_are_named(quickstart: Quickstart, tmp_path: Path) -> None
         AnomalibCLI(["train", "--config", str(tmp_path / "none.yaml")], run=False)
 
 
+@pytest.mark.no_cover  # tracing the exporters would double their time
 @QUICK
 @given(
     flow_steps=st.integers(0, 3),
@@ -103,13 +106,20 @@ def test_missing_files_are_named(quickstart: Quickstart, tmp_path: Path) -> None
     num_views=st.integers(0, 2),
     cache_limit=st.sampled_from([None, 0.0, 2.0]),
 )
-def test_what_is_accepted_trains_and_scores(
+def test_what_is_accepted_trains_scores_and_exports(
     quickstart: Quickstart, tmp_path_factory: pytest.TempPathFactory, **arguments: Any
 ) -> None:
     assume(arguments["flow_steps"] or arguments["student_blocks"])
     model = small_dhkd(**arguments, train_steps=2)
-    engine, _ = fit(quickstart, tmp_path_factory.mktemp("results"), model)
+    folder = tmp_path_factory.mktemp("results")
+    engine, _ = fit(quickstart, folder, model)
     (logged,) = engine.test(model=model, datamodule=quickstart, verbose=False)
     assert model.finished
     assert 0 <= logged["image_AUROC"] <= 1
-    assert Dhkd.load_from_checkpoint(engine.best_model_path).post_processor.image_threshold.isfinite()
+    restored = Dhkd.load_from_checkpoint(engine.best_model_path).eval()
+    assert restored.post_processor.image_threshold.isfinite()
+    path: Any = engine.export(restored, ExportType.OPENVINO, export_root=folder)
+    images = (quickstart.test_data[index].image for index in (0, 6))
+    scores, maps = openvino_differences(path, restored, images)
+    assert scores.max() < 1e-3
+    assert np.quantile(maps, 0.999) < 5e-3
