@@ -40,6 +40,7 @@ class Preflight(Callback):
         names = ("train_data", "val_data", "test_data")
         # Kept, because the feature cache takes the training set's place.
         self.files = [file for name in names for file in _files(getattr(datamodule, name, None))]
+        _check_depth(self.files)
         if stage != "fit":
             return
         if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
@@ -54,18 +55,24 @@ class Preflight(Callback):
                 f"the thresholds; got limit_val_batches={trainer.limit_val_batches}."
             )
             raise ValueError(msg)
-        if found := _first(_error_of_depth, self.files) or unreadable(_files(getattr(datamodule, "val_data", None))):
+        if found := unreadable(_files(getattr(datamodule, "val_data", None))):
             raise OSError(found)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the images to predict.
+
+        Raises:
+            OSError: If an image has more than 8 bits a channel.
+        """
+        del pl_module  # Unused argument.
+        _check_depth(_predicted(trainer))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Put the file's name into the error of an image that can't be read, which pillow leaves out."""
         del pl_module  # Unused argument.
         if not isinstance(exception, OSError | SyntaxError):  # pillow raises the latter for a broken PNG
             return
-        loaders = trainer.predict_dataloaders
-        loaders = loaders if isinstance(loaders, list) else [loaders]
-        files = [file for loader in loaders for file in _files(getattr(loader, "dataset", None))]
-        found = unreadable([*self.files, *files])
+        found = unreadable([*self.files, *_predicted(trainer)])
         if found and found not in str(exception):
             exception.args = (f"{found}\n{exception}",)
 
@@ -105,6 +112,12 @@ def _first(error_of: Callable[[str], str], files: Iterable[str]) -> str:
         return next(filter(None, pool.map(error_of, files)), "")
 
 
+def _check_depth(files: Iterable[str]) -> None:
+    """Refuse images whose values anomalib's reader would clip."""
+    if found := _first(_error_of_depth, files):
+        raise OSError(found)
+
+
 def _error_of_depth(file: str) -> str:
     """Look at a file's header only; what isn't an image at all is left to its reader."""
     try:
@@ -124,6 +137,13 @@ def _error_of(file: str) -> str:
     except (OSError, SyntaxError) as error:
         return f"The image {file} can't be read: {error}."
     return ""
+
+
+def _predicted(trainer: Any) -> Iterator[str]:
+    """Yield the files that the trainer predicts."""
+    loaders = trainer.predict_dataloaders
+    for loader in loaders if isinstance(loaders, list) else [loaders]:
+        yield from _files(getattr(loader, "dataset", None))
 
 
 def _files(dataset: Any) -> Iterator[str]:

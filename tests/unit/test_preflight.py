@@ -116,9 +116,16 @@ def test_whole_images_of_all_kinds_are_readable(tmp_path: Path) -> None:
     ],
 )
 def test_images_that_would_be_clipped_are_refused(
-    values: np.ndarray, name: str, mode: str, folder: Path, tmp_path: Path
+    values: np.ndarray, name: str, mode: str, trained: Trained, folder: Path, tmp_path: Path
 ) -> None:
     file = folder / "good" / name
     Image.fromarray(values).save(file)
-    with pytest.raises(OSError, match=f"The image {file} must have 8 bits a channel, got pillow's mode {mode}"):
+    message = f"The image {file} must have 8 bits a channel, got pillow's mode {mode}"
+    with pytest.raises(OSError, match=message):
         fit(_data(folder), tmp_path, small_dhkd())
+    arguments: dict[str, Any] = {"model": trained.model, "ckpt_path": trained.checkpoint}
+    for run in (trained.engine.test, trained.engine.validate):
+        with pytest.raises(OSError, match=message):
+            run(**arguments, datamodule=_data(folder))
+    with pytest.raises(OSError, match=message):
+        trained.engine.predict(**arguments, data_path=folder / "good")
