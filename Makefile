@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RESULTS := results/Dhkd/Quickstart/brick/latest
 CHANGED := results/changed_light
 
-.PHONY: quickstart test lint hooks test-mvtec test-kill test-load browser format
+.PHONY: quickstart test lint hooks test-mvtec test-kill test-load test-lowest browser format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,13 @@ test-kill: $(VENV)/installed
 # Twenty thousand training images, large validation images, a week of `watch` in small: time and memory; half an hour.
 test-load: $(VENV)/installed
 	$(BIN)/pytest -m load -s
+
+# The tests with the lowest versions that pyproject.toml allows; with PYTHON=python3.10 on the oldest Python, too.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev]"
+	.venv-lowest/bin/pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

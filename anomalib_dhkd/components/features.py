@@ -171,7 +171,8 @@ def _create_backbone(backbone: str, pre_trained: bool, weights: str | Path | Non
         msg = f"weights must be a file with a state dict of '{backbone}', got '{weights}', which is no file."
         raise FileNotFoundError(msg)
     try:
-        return timm.create_model(backbone, **options, pretrained_cfg_overlay={"file": str(weights)})
+        source = {"file": str(weights), "custom_load": False}  # a state dict, whatever form timm's own source has
+        return timm.create_model(backbone, **options, pretrained_cfg_overlay=source)
     except Exception as error:
         msg = f"weights must hold a state dict of timm's '{backbone}', which '{weights}' doesn't: {error}"
         raise ValueError(msg) from error
