@@ -209,15 +209,16 @@ def test_files_describe_themselves(textures: Textures) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compression_type", "size", "fixed_batch", "largest"),
+    ("compression_type", "stored", "size", "fixed_batch", "largest"),
     [
-        (None, (256, 256), True, 1e-3),
-        (CompressionType.FP16, (320, 192), False, 1e-2),
-        (CompressionType.INT8, (384, 384), True, 0.1),
+        (None, ov.Type.f32, (256, 256), True, 1e-3),
+        (CompressionType.FP16, ov.Type.f16, (320, 192), False, 1e-2),
+        (CompressionType.INT8, ov.Type.u8, (384, 384), True, 0.1),
     ],
 )
 def test_every_compression_size_and_batch(
     compression_type: CompressionType | None,
+    stored: ov.Type,
     size: tuple[int, int],
     fixed_batch: bool,
     largest: float,
@@ -235,6 +236,8 @@ def test_every_compression_size_and_batch(
     assert "'INFERENCE_PRECISION_HINT': 'f32'" in caplog.text
     exported = ov.Core().read_model(path)
     assert exported.input(0).partial_shape == ov.PartialShape([1 if fixed_batch else -1, 3, *size])
+    constants = [operation for operation in exported.get_ops() if operation.get_type_name() == "Constant"]
+    assert any(constant.get_element_type() == stored and len(constant.shape) == 4 for constant in constants)
     compiled = ov.Core().compile_model(exported, "CPU", F32)
     for item in datamodule.test_data:
         image = torch.nn.functional.interpolate(item.image[None], size, mode="bilinear", antialias=True)
