@@ -65,7 +65,8 @@ class RankPreservingPostProcessor(PostProcessor):
         self.normal_image_scores: list[float] = []
         self.normal_pixel_scores: list[float] = []
         self._image_threshold_metric = ImageThreshold(fields=["pred_score", "gt_label"], strict=False)
-        self._pixel_threshold_metric = PixelThreshold(fields=["anomaly_map", "gt_mask"], strict=False)
+        pixel_threshold: Any = PixelThreshold(fields=["anomaly_map", "gt_mask"], strict=False)
+        self._pixel_threshold_metric = pixel_threshold
         self._normal_image_metric = CatMetric()
         self._normal_pixel_metric = CatMetric()
 

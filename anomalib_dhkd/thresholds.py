@@ -69,7 +69,7 @@ class _CountedThreshold(Metric):
         return (_number(first) + _number(lower[-1])) / 2 if len(lower) else self.lowest
 
 
-class PixelThreshold(AnomalibMetric, _CountedThreshold):
+class PixelThreshold(AnomalibMetric, _CountedThreshold):  # type: ignore[misc]  # as all of anomalib's metrics
     """Threshold of the highest F1 of pixels, as anomalib's but for one part in two thousand.
 
     anomalib's keeps each pixel of each map, and takes 4 MB for each image of 320 x 320 pixels.
