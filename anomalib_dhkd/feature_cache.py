@@ -206,7 +206,6 @@ class FeatureCache(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Give the data module its workers back: the training data loader is made, the others need them."""
-        del pl_module  # Unused argument.
         if self._kept is not None:
             trainer.datamodule.num_workers = self._num_workers
 
@@ -232,7 +231,6 @@ class FeatureCache(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Have the epoch's order and views follow from the training's seed and the step, as a resumed run has them."""
-        del trainer  # Unused argument.
         if self._generator is not None:
             self._generator.manual_seed(pl_module.seed_of(0))
 
@@ -299,5 +297,4 @@ class FeatureCache(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Do the same after an error, after which Lightning calls no ``teardown``."""
-        del exception  # Unused argument.
         self.teardown(trainer, pl_module, "fit")
