@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PARALLEL := --numprocesses=2 --dist=loadfile --max-worker-restart=0
 RESULTS := results/Dhkd/Quickstart/brick/latest
 CHANGED := results/changed_light
 
@@ -37,7 +38,7 @@ docs/quickstart.png: $(VENV)/installed
 # Linter, type checker, tests; how much of the package they run is printed at the end. Two processes share the files;
 # should one crash, the other would wait for its tests without end, so that ends the run.
 test: lint
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0 --cov=anomalib_dhkd --cov-report=term
+	$(BIN)/pytest $(PARALLEL) --cov=anomalib_dhkd --cov-report=term
 
 # What is checked before each commit, too, once `make hooks` was called.
 lint: $(VENV)/installed
@@ -70,7 +71,7 @@ test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev]"
-	.venv-lowest/bin/pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0
+	.venv-lowest/bin/pytest $(PARALLEL)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -197,6 +197,7 @@ class FaithfulExportMixin(AnomalibModule):
         """Return an OpenVINO model in INT8."""
         import nncf  # noqa: PLC0415  # an optional extra
 
+        # Constants are the convolutions' weights, too.
         others = {operation.get_type_name() for operation in model.get_ops()} - {"Convolution", "Constant"}
         ignored = nncf.IgnoredScope(types=sorted(others))
         if compression_type == CompressionType.INT8:

@@ -62,11 +62,9 @@ class _CountedThreshold(Metric):
         if not good[0]:
             return self.lowest
         f1 = 2 * anomalous / (anomalous + good + anomalous[0])
-        best = f1.argmax()
-        values = self.counts.sum(0).nonzero().flatten()
-        first = values[values >= best][0]
-        lower = values[values < best]
-        return (_number(first) + _number(lower[-1])) / 2 if len(lower) else self.lowest
+        scores = self.counts.sum(0).nonzero().flatten()
+        best = f1[scores].argmax()
+        return (_number(scores[best]) + _number(scores[best - 1])) / 2 if best else self.lowest
 
 
 class PixelThreshold(AnomalibMetric, _CountedThreshold):  # type: ignore[misc]  # as all of anomalib's metrics

@@ -74,6 +74,7 @@ class PathVisualizer(ImageVisualizer):
             self.logged.clear()
         if self.output_dir is None:
             self.output_dir = Path(trainer.default_root_dir) / "images"
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, ImageLoggerBase)]
         for item in batch:
             picture: Any = self.visualize(item)
             if picture is not None:
@@ -83,6 +84,5 @@ class PathVisualizer(ImageVisualizer):
                 if file.parent not in self.logged:
                     self.logged.add(file.parent)
                     name = file.relative_to(self.output_dir).as_posix()
-                    for logger in trainer.loggers:
-                        if isinstance(logger, ImageLoggerBase):
-                            logger.add_image(np.asarray(picture), name, global_step=trainer.global_step)
+                    for logger in loggers:
+                        logger.add_image(np.asarray(picture), name, global_step=trainer.global_step)

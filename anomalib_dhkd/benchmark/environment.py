@@ -10,8 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import openvino as ov
 import torch
+
+from .inference import openvino_core
 
 PACKAGES = ("anomalib-dhkd", "anomalib", "torch", "torchvision", "lightning", "timm", "openvino")
 
@@ -38,7 +39,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": platform.platform(terse=True),
-        "CPU": ov.Core().get_property("CPU", "FULL_DEVICE_NAME"),
+        "CPU": openvino_core().get_property("CPU", "FULL_DEVICE_NAME"),
         "cores": os.cpu_count(),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "git revision": described.stdout.strip() or None,  # None outside of a repository

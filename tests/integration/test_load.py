@@ -4,7 +4,6 @@
 
 import json
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -21,21 +20,22 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_dhkd import Dhkd, Quickstart
+from anomalib_dhkd.benchmark.environment import peak_memory
 from tests.helpers import fit, small_dhkd
 
 pytestmark = [pytest.mark.load, pytest.mark.skipif(sys.platform != "linux", reason="/proc tells of memory")]
 
 
-def _many(folder: Path, size: int, count: int, name: str = "{:05}.png") -> Path:
+def _many(folder: Path, size: int, count: int) -> Path:
     """Make a folder with images, a hundred of which differ."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for number in range(count):
-        file = folder / name.format(number)
+        file = folder / f"{number:05}.png"
         if number < 100:
             Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file)
         else:
-            file.hardlink_to(folder / name.format(number % 100))
+            file.hardlink_to(folder / f"{number % 100:05}.png")
     return folder
 
 
@@ -47,7 +47,7 @@ def _peak(work: Any, *arguments: Any) -> float:
 
 def _measured(work: Any, *arguments: Any) -> float:
     work(*arguments)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return 1024 * peak_memory()
 
 
 def _train(root: Path, results: Path, count: int) -> None:
@@ -60,8 +60,7 @@ def _train(root: Path, results: Path, count: int) -> None:
         "many", normal_dir=chosen.name, root=root, abnormal_dir="bad", normal_test_dir="good_test", num_workers=0
     )
     model = Dhkd(num_views=0, cache_limit=1.0, pre_processor=Dhkd.configure_pre_processor((192, 192)))
-    engine = Engine(default_root_dir=results, enable_progress_bar=False)
-    engine.fit(model=model, datamodule=data)
+    fit(data, results, model)
     assert model.finished
 
 

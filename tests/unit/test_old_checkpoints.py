@@ -14,7 +14,7 @@ import torch
 from anomalib.engine import Engine
 
 from anomalib_dhkd import Dhkd, Quickstart, __version__
-from tests.helpers import small_dhkd
+from tests.helpers import fit, small_dhkd
 
 FOLDER = Path(__file__).parents[1] / "checkpoints"
 
@@ -34,8 +34,7 @@ def _make(quickstart: Quickstart, folder: Path, checkpoint: Path) -> None:
         backbone="test_resnet", layers=["layer1", "layer2"], weights=weights, frequency_branch=False, width=4,
         train_steps=4, pre_processor=Dhkd.configure_pre_processor((32, 32)),
     )  # fmt: skip
-    engine = Engine(default_root_dir=folder, enable_progress_bar=False)
-    engine.fit(model=model, datamodule=quickstart)
+    engine, _ = fit(quickstart, folder, model)
     checkpoint.parent.mkdir(exist_ok=True)
     checkpoint.write_bytes(Path(engine.best_model_path).read_bytes())
     checkpoint.with_suffix(".json").write_text(json.dumps(_scores(model)) + "\n")
