@@ -2,13 +2,13 @@
 
 """Export that keeps the scores, and says in the file where it comes from."""
 
-import logging
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import torch
@@ -23,14 +23,14 @@ from torchvision.transforms.v2 import Resize
 
 from .pre_processor import AntialiasingPreProcessor
 
-logger = logging.getLogger(__name__)
-
 EXAMPLES = 300
 """Training images at most that ranges and biases are taken from."""
+CONVOLUTIONS = {"Convolution", "GroupConvolution"}
+"""OpenVINO's operations that half precision harms little: all of the backbone's, and the networks'."""
 SECTION = "anomalib_dhkd"
 """Where the description stands in a file: section of ``rt_info``, first part of the keys of ``metadata_props``."""
-PRECISION = "f32"
-"""Precision of the arithmetic that scores are compared in."""
+PRECISE = "dynamic:bf16,f16"
+"""Mark of an operation that no device turns into half precision, as ``ov::disable_conversion`` sets it in C++."""
 
 
 class FaithfulExportMixin(AnomalibModule):
@@ -44,10 +44,11 @@ class FaithfulExportMixin(AnomalibModule):
     - Files carry :meth:`description`: OpenVINO's in ``rt_info`` under ``["anomalib_dhkd", key]``, ONNX's in
       ``metadata_props`` under ``anomalib_dhkd.key``.
 
-    OpenVINO computes in bfloat16 on processors that can, those with AMX or AVX-512 BF16, unless what loads the file
-    asks for another precision; its plugins don't read one from the file. Scores move by that, and labels can change.
-    ``OpenVINOInferencer(path, config={"INFERENCE_PRECISION_HINT": "f32"})`` computes as in training. ``"bf16"`` and
-    ``"f16"`` are had the same way.
+    - OpenVINO's files compute in single precision on every device. OpenVINO takes bfloat16 on processors that can,
+      those with AMX or AVX-512 BF16, and float16 on GPUs, unless what loads a file asks for another precision. In half
+      precision scores move, and labels can change. Therefore each operation is marked to keep its precision (OpenVINO
+      2026 and later read that). With the compression ``FP16``, convolutions aren't, and follow
+      ``INFERENCE_PRECISION_HINT``.
 
     Attributes:
         training_data (str): Data module and category that the model was trained on; empty where unknown.
@@ -76,20 +77,23 @@ class FaithfulExportMixin(AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         self.training_data = checkpoint.get(SECTION, {}).get("training_data", "")
 
-    def description(self) -> dict[str, str]:
+    def description(self, precision: str = "f32") -> dict[str, str]:
         """Describe the model for who finds the file.
+
+        Args:
+            precision (str): Lowest precision that the file may compute in. Defaults to ``"f32"``.
 
         Returns:
             dict[str, str]: Version of this package, data module and category of the training, height and width that
-                images are resized to, precision that scores are compared in, date of the export, and of anomalib's
-                post-processor the thresholds of raw and of normalised scores.
+                images are resized to, the precision, date of the export, and of anomalib's post-processor the
+                thresholds of raw and of normalised scores.
         """
         size = self.input_size
         values: dict[str, Any] = {
             "version": version("anomalib-dhkd"),
             "training_data": self.training_data or "unknown",
             "image_size": "any" if size is None else f"{size[0]}x{size[1]}",
-            "precision": PRECISION,
+            "precision": precision,
             "date": datetime.now(tz=timezone.utc).isoformat(timespec="seconds"),
         }
         if isinstance(self.post_processor, PostProcessor):
@@ -164,25 +168,21 @@ class FaithfulExportMixin(AnomalibModule):
         """
         import openvino as ov  # noqa: PLC0415  # takes seconds
 
-        int8 = compression_type not in {None, CompressionType.FP16}
+        half = compression_type == CompressionType.FP16
+        int8 = not half and compression_type is not None
         if int8:
             _check(CompressionType(compression_type), datamodule)
         with TemporaryDirectory() as folder:
             path = super().to_openvino(folder, model_file_name, input_size, **kwargs)
+            _keep_precision(path, CONVOLUTIONS if half else set())
             model = ov.Core().read_model(path, config={"ENABLE_MMAP": False})  # the folder goes, the model stays
             path = Path(export_root) / path.relative_to(folder)
         if int8:
             model = self._quantise(model, compression_type, input_size, datamodule, metric, max_drop)
-        for name, value in self.description().items():
+        for name, value in self.description("f16" if half else "f32").items():
             model.set_rt_info(value, [SECTION, name])
         path.parent.mkdir(parents=True, exist_ok=True)
-        ov.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)
-        logger.warning(
-            "Load %s with {'INFERENCE_PRECISION_HINT': '%s'}: OpenVINO computes in bfloat16 on processors that can "
-            "unless told otherwise, and scores and labels may change.",
-            path,
-            PRECISION,
-        )
+        ov.save_model(model, path, compress_to_fp16=half)
         return path
 
     def _quantise(
@@ -231,6 +231,17 @@ class FaithfulExportMixin(AnomalibModule):
         return nncf.quantize_with_accuracy_control(
             model, examples, nncf.Dataset(datamodule.val_dataloader()), quality, max_drop=max_drop, **arguments
         )
+
+
+def _keep_precision(path: Path, but: set[str]) -> None:
+    """Mark the operations of a file (.xml), except those of some types, to be computed in their own precision."""
+    tree = ET.parse(path)  # noqa: S314  # our own file
+    for layer in tree.iter("layer"):
+        if layer.get("type") not in {"Parameter", "Const", "Result"} | but:
+            info = layer.find("rt_info")
+            info = ET.SubElement(layer, "rt_info") if info is None else info
+            ET.SubElement(info, "attribute", {"name": "DisablePrecisionConversion", "version": "0", "value": PRECISE})
+    tree.write(path)
 
 
 def _check(compression_type: CompressionType, datamodule: AnomalibDataModule | None) -> None:

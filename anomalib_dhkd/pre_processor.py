@@ -27,7 +27,8 @@ class AntialiasedResize(nn.Module):
     so are all columns. The matrices are nearly empty, therefore each strip of output rows is computed from the input
     rows that it needs.
 
-    OpenVINO's own ``Interpolate`` with ``bilinear_pillow`` takes ten times as long.
+    Weights that don't sum to 1, as rounded ones don't, draw stripes on a plain ground. OpenVINO's own ``Interpolate``
+    with ``bilinear_pillow`` takes ten times as long.
 
     Args:
         size (tuple[int, int]): Height and width of the output in pixels.
@@ -72,8 +73,8 @@ def _strips(inputs: Any, outputs: int, count: int, like: torch.Tensor) -> Iterat
         like (torch.Tensor): Tensor whose type and device the weights get.
 
     Yields:
-        tuple[torch.Tensor, torch.Tensor]: Input positions, and weights of shape ``(input positions, output positions)``
-            that sum to 1 for each output.
+        tuple[torch.Tensor, torch.Tensor]: Input positions, and weights of shape
+            ``(1, 1, input positions, output positions)`` that sum to 1 for each output.
     """
     # Whole numbers, which are exact in any precision: the centre of position i is (2 i + 1) / 2, and distances are
     # multiplied by twice the number of outputs.
@@ -87,9 +88,11 @@ def _strips(inputs: Any, outputs: int, count: int, like: torch.Tensor) -> Iterat
     distance = (2 * sources + 1)[:, :, None] * outputs - (2 * targets + 1)[:, None] * inputs
     within = ((sources >= 0) & (sources < inputs))[:, :, None]
     triangle = torch.relu(reach - distance.abs()) * within
-    weights = (triangle / triangle.sum(dim=1, keepdim=True)).to(like.dtype)
+    triangle = triangle[:, None, None]  # four dimensions in a strip, as images have
+    # No division: OpenVINO replaces it, which loses its precision.
+    weights = triangle.to(like.dtype) * (-1 * triangle.sum(dim=-2, keepdim=True).to(like.dtype).log()).exp()
     for index, start in enumerate(range(0, outputs, step)):
-        yield sources[index].clamp(0, inputs - 1), weights[index, :, : outputs - start]
+        yield sources[index].clamp(0, inputs - 1), weights[index, ..., : outputs - start]
 
 
 def exportable(transform: Transform | None) -> Any:

@@ -43,7 +43,7 @@ class Detector:
         precision (str): Precision of the arithmetic: ``"f32"``, ``"f16"`` or ``"bf16"``.
 
     Raises:
-        ValueError: If the model isn't anomalib's, or if the device computes in another precision.
+        ValueError: If the model isn't anomalib's, or if file or device compute in another precision.
     """
 
     def __init__(self, path: Path, device: str, precision: str) -> None:
@@ -57,6 +57,10 @@ class Detector:
         names = {name for output in model.outputs for name in output.names}
         if not names >= OUTPUTS:
             msg = f"model must give {', '.join(sorted(OUTPUTS))} as anomalib's exports do, got {sorted(names)}."
+            raise ValueError(msg)
+        key = ["anomalib_dhkd", "precision"]
+        if precision != "f32" and model.has_rt_info(key) and model.get_rt_info(key).astype(str) == "f32":
+            msg = f"precision must be f32 for {path}, got {precision}. Export it with compression_type FP16 for others."
             raise ValueError(msg)
         shape = model.input().partial_shape
         shape[0] = 1  # anomalib leaves the number of images open, which costs time

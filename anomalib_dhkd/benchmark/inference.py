@@ -30,7 +30,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from anomalib_dhkd.components.features import FeaturePyramid
 
-PRECISIONS = {"f32": ("f32", "f32"), "bf16": ("f32", "bf16"), "INT8": ("INT8", "f32")}
+PRECISIONS = {"f32": ("f32", "f32"), "bf16": ("FP16", "bf16"), "INT8": ("INT8", "f32")}
 """Exported file and OpenVINO's arithmetic for each precision."""
 BATCH_SIZE = 16
 """Images in a batch, or at once in OpenVINO's queue, for the throughput."""
@@ -247,8 +247,8 @@ def compare(
 
     Args:
         networks (dict[str, nn.Module]): Networks by name; the first is the measure of the others.
-        files (dict[str, dict[str, Path]]): Exported files by name and ``f32`` or ``INT8``; one that
-            is missing or that OpenVINO can't load is left out.
+        files (dict[str, dict[str, Path]]): Exported files by name and ``f32``, ``FP16`` or ``INT8``;
+            one that is missing or that OpenVINO can't load is left out.
         settings (InferenceSettings): What to measure.
         items (Sequence[ImageItem]): Test images of the input size, for the accuracy.
 

@@ -44,6 +44,8 @@ FORMATS = {
     "OpenVINO in f16": Format(ExportType.OPENVINO, precision="f16"),
     "OpenVINO in bf16": Format(ExportType.OPENVINO, precision="bf16"),
     "OpenVINO FP16": Format(ExportType.OPENVINO, CompressionType.FP16),
+    "OpenVINO FP16 in f16": Format(ExportType.OPENVINO, CompressionType.FP16, "f16"),
+    "OpenVINO FP16 in bf16": Format(ExportType.OPENVINO, CompressionType.FP16, "bf16"),
     "OpenVINO INT8": Format(ExportType.OPENVINO, CompressionType.INT8),
     "OpenVINO INT8_PTQ": Format(ExportType.OPENVINO, CompressionType.INT8_PTQ),
 }

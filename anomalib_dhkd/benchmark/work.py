@@ -50,7 +50,7 @@ METRICS = {f"{level}_{metric.__name__}": (metric, level) for level in FIELDS for
 """Metrics by the names in the results, with their class and level; all on scores without ties."""
 OWN_ARGUMENTS: set[str | int] = {"accelerator", "callbacks", "default_root_dir", "devices", "enable_progress_bar"}
 """The trainer's arguments that aren't the configuration's."""
-COMPRESSION = {"f32": None, "INT8": CompressionType.INT8_PTQ}
+COMPRESSION = {"f32": None, "FP16": CompressionType.FP16, "INT8": CompressionType.INT8_PTQ}
 """anomalib's compression of the exported files."""
 
 

@@ -2,8 +2,8 @@
 
 """Exported files against Engine's predictions on the files of images."""
 
-import logging
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from anomalib.data import Folder
 from anomalib.data.utils import read_image
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
+from packaging.version import Version
 from PIL import Image
 
 from anomalib_dhkd import Dhkd
@@ -224,16 +225,12 @@ def test_every_compression_size_and_batch(
     largest: float,
     trained: Trained,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine, model, datamodule, _ = trained
-    with caplog.at_level(logging.WARNING, logger="anomalib_dhkd"):
-        path = engine.export(
-            model, ExportType.OPENVINO, tmp_path, input_size=size, compression_type=compression_type,
-            datamodule=datamodule, onnx_kwargs={"dynamic_shapes": None} if fixed_batch else None,
-        )  # fmt: skip
-    assert "Load" in caplog.text
-    assert "'INFERENCE_PRECISION_HINT': 'f32'" in caplog.text
+    path = engine.export(
+        model, ExportType.OPENVINO, tmp_path, input_size=size, compression_type=compression_type,
+        datamodule=datamodule, onnx_kwargs={"dynamic_shapes": None} if fixed_batch else None,
+    )  # fmt: skip
     exported = ov.Core().read_model(path)
     assert exported.input(0).partial_shape == ov.PartialShape([1 if fixed_batch else -1, 3, *size])
     constants = [operation for operation in exported.get_ops() if operation.get_type_name() == "Constant"]
@@ -245,6 +242,38 @@ def test_every_compression_size_and_batch(
             expected = model(image)
         outputs = compiled(image.numpy())
         assert abs(outputs["pred_score"] - expected.pred_score.numpy()).max() <= largest
+
+
+def _convolutions(compiled: ov.CompiledModel, precision: str) -> int:
+    """Count the convolutions that are computed in a precision."""
+    operations = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
+    found = [
+        info["runtimePrecision"].astype(str) for info in operations if info["layerType"].astype(str) == "Convolution"
+    ]
+    return found.count(precision)
+
+
+@pytest.mark.skipif(Version(version("openvino")) < Version("2026"), reason="OpenVINO reads precisions from 2026 on")
+@pytest.mark.parametrize("hint", ["bf16", "f16"])
+def test_files_keep_their_precision_on_every_processor(hint: str, textures: Textures, tmp_path: Path) -> None:
+    """Plain bright images: weights of the resize that are rounded draw stripes on them."""
+    plain = (0.9 + np.random.default_rng(0).normal(0, 0.01, (4, 3, 250, 270))).clip(0, 1).astype(np.float32)
+    half = Engine(default_root_dir=tmp_path).export(
+        textures.model, ExportType.OPENVINO, tmp_path, compression_type=CompressionType.FP16
+    )
+    found = []
+    for path, tolerance in ((textures.files["openvino"], 5e-3), (half, 4e-2)):
+        single, other = (
+            ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision}) for precision in ("f32", hint)
+        )
+        for image in plain:
+            expected, outputs = single(image[None]), other(image[None])
+            assert 0 < expected["pred_score"] < 1
+            assert abs(outputs["pred_score"] - expected["pred_score"]) <= tolerance
+            assert np.quantile(np.abs(outputs["anomaly_map"] - expected["anomaly_map"]), 0.99) <= tolerance
+        found.append(_convolutions(other, hint))
+    if other.get_property("INFERENCE_PRECISION_HINT").get_type_name() == hint:  # else the processor doesn't have it
+        assert found[0] < found[1] / 10
 
 
 def test_int8_acq_needs_data(trained: Trained, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import openvino as ov
 import pytest
-from anomalib.deploy import ExportType
+from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine import Engine
 from anomalib.visualization.image import visualize_anomaly_map
 from PIL import Image
@@ -319,16 +319,21 @@ def test_what_is_wrong_is_said_before_work_begins(exported: Exported, source: Pa
 
 
 def test_precision_is_what_was_asked_for_or_refused(exported: Exported, source: Path, tmp_path: Path) -> None:
+    half = Engine(default_root_dir=tmp_path).export(
+        exported.model, ExportType.OPENVINO, tmp_path, compression_type=CompressionType.FP16
+    )
     for precision in ("f16", "bf16"):
-        compiled = ov.Core().compile_model(exported.path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+        with pytest.raises(ValueError, match=f"precision must be f32 for .*, got {precision}. Export it with"):
+            _watch(4, exported, source, tmp_path / "f32.jsonl", precision=precision)
+        compiled = ov.Core().compile_model(half, "CPU", {"INFERENCE_PRECISION_HINT": precision})
         got = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         output = tmp_path / f"{precision}.jsonl"
         if got == precision:
-            assert len(_watch(4, exported, source, output, precision=precision)) == 4
+            assert len(_watch(4, exported._replace(path=half), source, output, precision=precision)) == 4
         else:
             message = f"precision {precision} can't be had on CPU, which would compute in {got}"
             with pytest.raises(ValueError, match=message):
-                _watch(4, exported, source, output, precision=precision)
+                _watch(4, exported._replace(path=half), source, output, precision=precision)
 
 
 def test_what_cannot_be_written_ends_it(exported: Exported, source: Path, tmp_path: Path) -> None:
