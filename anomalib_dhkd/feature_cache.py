@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import Resize
 
+from .progress import track
 from .views import Views
 
 logger = logging.getLogger(__name__)
@@ -217,16 +218,11 @@ class FeatureCache(Callback):
         self.on_train_epoch_start(trainer, pl_module)  # which Lightning doesn't call when a run is resumed
         if self._kept is None:
             return
-        logger.info(
-            "Extracting the features of %d training images and %d views of each.", len(self._images), self.views.number
-        )
-        loader = DataLoader(
-            self._images,
-            batch_size=trainer.datamodule.train_batch_size,
-            num_workers=self._num_workers,
-            collate_fn=self._images.collate_fn,
-        )
-        for features in self._extract(pl_module, loader):
+        number = self.views.number
+        logger.info("Extracting the features of %d training images and %d views of each.", len(self._images), number)
+        size = trainer.datamodule.train_batch_size
+        loader = DataLoader(self._images, size, num_workers=self._num_workers, collate_fn=self._images.collate_fn)
+        for features in track(trainer, self._extract(pl_module, loader), "Extracting features", len(loader)):
             self._kept.append(features)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -266,10 +262,12 @@ class FeatureCache(Callback):
                 num_workers=training.num_workers,
                 collate_fn=training.collate_fn,
             )
-            batches = int(trainer.num_training_batches) * trainer.world_size
-            yield from self._extract(pl_module, itertools.islice(loader, batches))
-            return
-        for features in self._kept.batches(trainer.datamodule.train_batch_size):
+            total = int(trainer.num_training_batches) * trainer.world_size
+            batches = self._extract(pl_module, itertools.islice(loader, total))
+        else:
+            size = trainer.datamodule.train_batch_size
+            batches, total = self._kept.batches(size), -(-len(self._kept) * self._kept.per_image // size)
+        for features in track(trainer, batches, "Calibrating", total):
             yield [feature.to(pl_module.device) for feature in features]
 
     @torch.no_grad()
