@@ -7,9 +7,10 @@ Importing this package registers the model, its bundled backbones and the short 
 
 from . import registration  # noqa: F401
 from .data import MVTec, Quickstart
+from .explain import InsideVisualizer
 from .lightning_model import Dhkd
 from .post_processor import RankPreservingPostProcessor
 from .torch_model import DhkdModel
 
-__all__ = ["Dhkd", "DhkdModel", "MVTec", "Quickstart", "RankPreservingPostProcessor"]
+__all__ = ["Dhkd", "DhkdModel", "InsideVisualizer", "MVTec", "Quickstart", "RankPreservingPostProcessor"]
 __version__ = "0.1.0"

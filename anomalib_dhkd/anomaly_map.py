@@ -55,13 +55,24 @@ class AnomalyMapGenerator(nn.Module):
         Returns:
             InferenceBatch: ``anomaly_map`` of shape ``(B, 1, *image_size)`` and ``pred_score`` of shape ``(B, 1)``.
         """
-        parts: list[torch.Tensor] = []
+        averaged = torch.stack(list(self.parts(distances).values())).sum(dim=0)
+        return InferenceBatch(anomaly_map=resize(averaged, *image_size), pred_score=self._score(averaged.flatten(1)))
+
+    def parts(self, distances: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Calibrate and weight each map; the averaged map is their sum.
+
+        Args:
+            distances (dict[str, torch.Tensor]): See :meth:`forward`.
+
+        Returns:
+            dict[str, torch.Tensor]: Maps of the first one's shape by their names.
+        """
+        parts: dict[str, torch.Tensor] = {}
+        height, width = distances[next(iter(self.weights))].shape[-2:]
         for index, (name, weight) in enumerate(self.weights.items()):
             calibrated = (_log(distances[name]) - self.log_mean[index]) / self.log_std[index]
-            height, width = parts[0].shape[-2:] if parts else calibrated.shape[-2:]
-            parts.append(weight * resize(calibrated, height, width, "bicubic"))
-        averaged = torch.stack(parts).sum(dim=0)
-        return InferenceBatch(anomaly_map=resize(averaged, *image_size), pred_score=self._score(averaged.flatten(1)))
+            parts[name] = weight * resize(calibrated, height, width, "bicubic")
+        return parts
 
     def _score(self, values: torch.Tensor) -> torch.Tensor:
         """Read image scores of shape ``(B, 1)`` off averaged maps of shape ``(B, N)``."""

@@ -37,6 +37,12 @@ class RankPreservingPostProcessor(PostProcessor):
     scores' distribution, if it is drawn from where the validation images were drawn from. The images must not have been
     trained on, nor be tested on: give the data module ``val_split_mode="from_train"``.
 
+    Attributes:
+        normal_image_scores (list[float]): Sorted raw scores of the good validation images that aren't tested on.
+        normal_pixel_scores (list[float]): The same of the highest pixels of their maps.
+        good_image_scores (list[float]): Those of all good validation images, also where they are tested on. No
+            threshold follows from them; they show what scores good images have.
+
     Args:
         false_alarm_rate (float | None): Rate :math:`\alpha` of false alarms among good images, above 0 and below 1. It
             needs at least :math:`1 / \alpha - 1` good validation images and can be changed on a trained model.
@@ -53,7 +59,7 @@ class RankPreservingPostProcessor(PostProcessor):
         tensor(37.)
     """
 
-    KEPT = ("false_alarm_rate", "normal_image_scores", "normal_pixel_scores")
+    KEPT = ("false_alarm_rate", "normal_image_scores", "normal_pixel_scores", "good_image_scores")
     """Attributes that a checkpoint keeps."""
 
     def __init__(self, false_alarm_rate: float | None = None, **kwargs: Any) -> None:
@@ -64,6 +70,7 @@ class RankPreservingPostProcessor(PostProcessor):
         self.false_alarm_rate = false_alarm_rate
         self.normal_image_scores: list[float] = []
         self.normal_pixel_scores: list[float] = []
+        self.good_image_scores: list[float] = []
         self._image_threshold_metric = ImageThreshold(fields=["pred_score", "gt_label"], strict=False)
         pixel_threshold: Any = PixelThreshold(fields=["anomaly_map", "gt_mask"], strict=False)
         self._pixel_threshold_metric = pixel_threshold
@@ -134,14 +141,13 @@ class RankPreservingPostProcessor(PostProcessor):
             **kwargs: Passed on.
         """
         super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if getattr(datamodule, "val_split_mode", None) == ValSplitMode.SAME_AS_TEST or outputs.gt_label is None:
+        if outputs.gt_label is None:
             return
+        # Also where none is good: with several devices, all must take part in gathering.
         normal = ~outputs.gt_label.bool()
-        if normal.any():
-            self._normal_image_metric.update(outputs.pred_score[normal].flatten())
-            if outputs.anomaly_map is not None:
-                self._normal_pixel_metric.update(outputs.anomaly_map[normal].flatten(1).amax(dim=1))
+        self._normal_image_metric.update(outputs.pred_score[normal].flatten())
+        if outputs.anomaly_map is not None:
+            self._normal_pixel_metric.update(outputs.anomaly_map[normal].flatten(1).amax(dim=1))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set thresholds and range.
@@ -151,13 +157,12 @@ class RankPreservingPostProcessor(PostProcessor):
             pl_module (LightningModule): Model.
         """
         super().on_validation_epoch_end(trainer, pl_module)
-        # Flat, because the metric returns a single score without a dimension.
-        if self._normal_image_metric.update_called:
-            self.normal_image_scores = self._normal_image_metric.compute().flatten().sort().values.tolist()
-            self._normal_image_metric.reset()
-        if self._normal_pixel_metric.update_called:
-            self.normal_pixel_scores = self._normal_pixel_metric.compute().flatten().sort().values.tolist()
-            self._normal_pixel_metric.reset()
+        images, pixels = _gathered(self._normal_image_metric), _gathered(self._normal_pixel_metric)
+        if images:
+            self.good_image_scores = images
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if images and getattr(datamodule, "val_split_mode", None) != ValSplitMode.SAME_AS_TEST:
+            self.normal_image_scores, self.normal_pixel_scores = images, pixels
 
     @property
     def image_threshold(self) -> torch.Tensor:
@@ -222,6 +227,16 @@ class RankPreservingPostProcessor(PostProcessor):
         distance = (preds / 2 - threshold / 2) / scale
         tail = 0.5 / (1 + distance.abs())
         return torch.where(finite, torch.where(distance < 0, tail, 1 - tail), preds)
+
+
+def _gathered(metric: CatMetric) -> list[float]:
+    """Return the sorted values of all devices, and begin anew."""
+    if not metric.update_called:
+        return []
+    # The metric returns a list where there are no values, and a single one without a dimension.
+    values = torch.as_tensor(metric.compute()).flatten().sort().values.tolist()
+    metric.reset()
+    return values
 
 
 def fewest_scores(false_alarm_rate: float) -> int:

@@ -17,7 +17,7 @@ from anomalib.data import InferenceBatch
 from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
-from .anomaly_map import AnomalyMapGenerator
+from .anomaly_map import AnomalyMapGenerator, resize
 from .components.features import FeaturePyramid, average
 from .components.mixture import FeatureMixture
 from .components.noise import add_region_noise
@@ -211,6 +211,29 @@ class DhkdModel(nn.Module):
                 unbounded, higher for more anomalous.
         """
         return self.anomaly_map_generator(self.distances(responses), image_size)
+
+    def halves(self, responses: Responses, image_size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Split the anomaly map into what the features as they are say, and what averaged ones say.
+
+        Args:
+            responses (Responses): See :meth:`respond`.
+            image_size (tuple[int, int]): Height and width of the maps.
+
+        Returns:
+            dict[str, torch.Tensor]: ``"fine"`` and ``"coarse"``, each of shape ``(B, 1, H, W)``, or the only one that
+                the model has. The map is their mean, weighted by what they consist of, so its thresholds suit them.
+        """
+        weights = self.anomaly_map_generator.weights
+        halves: dict[str, list[str]] = {"fine": [], "coarse": []}
+        for name in weights:
+            halves["coarse" if name in {self.layers[-1], "averaged_mixture"} else "fine"].append(name)
+        parts = self.anomaly_map_generator.parts(self.distances(responses))
+        return {
+            half: resize(torch.stack([parts[name] for name in names]).sum(0), *image_size)
+            / sum(weights[name] for name in names)
+            for half, names in halves.items()
+            if names
+        }
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Detect anomalies.

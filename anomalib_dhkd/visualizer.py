@@ -30,6 +30,9 @@ class PathVisualizer(ImageVisualizer):
         ['images/data/lineA/ok/000.png', 'images/data/lineB/ok/000.png']
     """
 
+    folder = "images"
+    """Where the pictures go in the run's folder, unless ``output_dir`` is given."""
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.images: dict[Path, Path] = {}
@@ -73,7 +76,7 @@ class PathVisualizer(ImageVisualizer):
         if batch_idx == 0:
             self.logged.clear()
         if self.output_dir is None:
-            self.output_dir = Path(trainer.default_root_dir) / "images"
+            self.output_dir = Path(trainer.default_root_dir) / self.folder
         loggers = [logger for logger in trainer.loggers if isinstance(logger, ImageLoggerBase)]
         for item in batch:
             picture: Any = self.visualize(item)

@@ -238,8 +238,29 @@ def test_threshold_comes_from_held_out_training_images_alone(held_out_quickstart
 def test_test_images_cannot_set_the_false_alarm_threshold(quickstart: Quickstart, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="val_split_mode='same_as_test'"):
         _fit(quickstart, tmp_path, false_alarm_rate=0.3)
-    _, model = _fit(quickstart, tmp_path)
+    engine, model = _fit(quickstart, tmp_path)
     assert model.post_processor.normal_image_scores == []
+    good = model.post_processor.good_image_scores  # no threshold comes from these
+    assert len(good) == 2
+    assert Dhkd.load_from_checkpoint(engine.best_model_path).post_processor.good_image_scores == good
+
+
+def test_a_batch_without_good_images() -> None:
+    post_processor = RankPreservingPostProcessor()
+    for scores, labels in (([1.0, 2.0], [1, 1]), ([4.0, 3.0], [0, 0])):
+        maps = torch.tensor(scores)[:, None, None].expand(2, 8, 8)
+        batch = ImageBatch(
+            image=torch.zeros(2, 3, 8, 8),
+            pred_score=torch.tensor(scores),
+            anomaly_map=maps,
+            gt_label=torch.tensor(labels),
+        )
+        post_processor.on_validation_batch_end(None, None, batch)
+    post_processor.on_validation_epoch_end(None, None)
+    assert post_processor.normal_image_scores == post_processor.normal_pixel_scores == [3, 4]
+    post_processor.on_validation_batch_end(None, None, batch.update(gt_label=torch.tensor([1, 1])))
+    post_processor.on_validation_epoch_end(None, None)
+    assert post_processor.normal_image_scores == [3, 4]
 
 
 def test_too_few_good_images_are_refused_before_training(quickstart_root: Path, tmp_path: Path) -> None:

@@ -37,6 +37,22 @@ def test_any_image_size(size: tuple[int, int]) -> None:
     assert output.anomaly_map.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("changes", "shares"),
+    [({}, {"coarse": 1.0 - 0.1 / 0.3, "fine": 0.1 / 0.3}), ({"num_gaussians": 8}, {"coarse": 0.5, "fine": 0.5})],
+)
+def test_the_map_is_the_mean_of_its_halves(changes: dict[str, int], shares: dict[str, float]) -> None:
+    model = _model(**changes).eval()
+    with torch.no_grad():
+        responses = model.respond(model.features(torch.rand(2, 3, 64, 96)))
+        halves = model.halves(responses, (64, 96))
+        expected = model.score(responses, (64, 96)).anomaly_map
+    assert halves.keys() == shares.keys()
+    mean = shares["fine"] * halves["fine"] + shares["coarse"] * halves["coarse"]
+    torch.testing.assert_close(mean, expected)
+    assert not torch.allclose(halves["fine"], halves["coarse"], atol=0.1)
+
+
 def test_noise_is_on_in_training_and_off_in_evaluation() -> None:
     model = _model()
     features = model.features(torch.rand(2, 3, 64, 64))
