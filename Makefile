@@ -25,6 +25,7 @@ quickstart: $(VENV)/installed
 		> $(RESULTS)/export.log 2>&1 || { cat $(RESULTS)/export.log; exit 1; }
 	@echo
 	@echo "Scores:         the two tables above"
+	@echo "Report:         $(RESULTS)/report.html"
 	@echo "Heat maps:      $(RESULTS)/images/test"
 	@echo "Checkpoint:     $(RESULTS)/weights/lightning/model.ckpt"
 	@echo "OpenVINO model: $(RESULTS)/weights/openvino/model.xml"
@@ -49,7 +50,7 @@ lint: $(VENV)/installed
 hooks: $(VENV)/installed
 	$(BIN)/pre-commit install
 
-# Chromium, which opens the benchmark's report in a test that is skipped without it (Debian and Ubuntu, as root).
+# Chromium, which opens the reports in tests that are skipped without it (Debian and Ubuntu, as root).
 browser:
 	apt-get update --quiet=2
 	apt-get install --quiet=2 --no-install-recommends chromium chromium-driver > /dev/null

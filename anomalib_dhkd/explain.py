@@ -13,14 +13,13 @@ from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.data.utils.image import is_image_file
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from sklearn.decomposition import PCA
 
 from .lightning_model import Dhkd
+from .pages import plot_scores
 from .resume import UnfinishedError
 from .visualizer import PathVisualizer
 
@@ -28,8 +27,6 @@ DPI = 100
 """Pixels of an inch of the figure."""
 CLIPPED = 2
 """Per cent of the positions, at either end, that a colour is at its lowest or highest."""
-BINS = 50
-"""Bars of the histogram."""
 
 
 class InsideVisualizer(PathVisualizer):
@@ -106,7 +103,13 @@ class InsideVisualizer(PathVisualizer):
             axes[name].set_title(name, fontsize=8)
         for name in (*halves, *answers):
             axes[name].set(xticks=[], yticks=[])
-        plot_score(axes["score"], float(item.pred_score), *good_scores(self.model.post_processor))
+        good, threshold = good_scores(self.model.post_processor)
+        lines = {} if threshold is None else {f"threshold: {threshold:.3f}": threshold}
+        lines[f"this image: {float(item.pred_score):.3f}"] = float(item.pred_score)
+        plot_scores(axes["score"], {f"{len(good)} good validation images": good} if len(good) else {}, lines)
+        axes["score"].set_title("Score", fontsize=8)
+        axes["score"].tick_params(labelsize=6)
+        axes["score"].legend(fontsize=6)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3]
 
@@ -182,30 +185,6 @@ def good_scores(post_processor: Any) -> tuple[np.ndarray, float | None]:
         scores = post_processor(InferenceBatch(pred_score=scores.to(post_processor.image_min))).pred_score.cpu()
     threshold = float(post_processor.normalized_image_threshold) if post_processor.enable_thresholding else None
     return scores.numpy(), threshold
-
-
-def plot_score(axes: Axes, score: float, good: np.ndarray, threshold: float | None) -> None:
-    """Plot a score beside the threshold, on the histogram of scores of good images.
-
-    Args:
-        axes (Axes): Where to plot.
-        score (float): The score.
-        good (np.ndarray): Scores of good images, of shape ``(N,)``.
-        threshold (float | None): The threshold.
-    """
-    shown = [*good, score, *([] if threshold is None else [threshold])]
-    limits = (0.0, 1.0) if min(shown) >= 0 and max(shown) <= 1 else (min(shown), max(shown))
-    if len(good):
-        label = f"{len(good)} good validation images"
-        axes.hist(good, bins=BINS, range=limits, color="tab:green", alpha=0.6, label=label)
-    found = threshold is not None and score > threshold
-    axes.axvline(score, color="tab:red" if found else "tab:blue", label=f"this image: {score:.3f}")
-    if threshold is not None:
-        axes.axvline(threshold, color="black", linestyle="--", label=f"threshold: {threshold:.3f}")
-    axes.set_title("Score", fontsize=8)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(labelsize=6)
-    axes.legend(fontsize=6)
 
 
 def explain(data: Path, ckpt_path: Path, default_root_dir: Path = Path("results")) -> None:

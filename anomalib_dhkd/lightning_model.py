@@ -41,6 +41,7 @@ from .post_processor import RankPreservingPostProcessor
 from .pre_processor import AntialiasingPreProcessor
 from .preflight import Preflight, check_given
 from .resume import ResumableMixin, TrainingEnd
+from .run_report import RunReport
 from .torch_model import DhkdModel
 from .views import Views
 from .visualizer import PathVisualizer
@@ -132,6 +133,7 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
                 raise ValueError(msg)
         self.hparams.pop("view_transform")  # a checkpoint holds plain data; its model needs no more views
         self.views = Views(num_views, view_transform)
+        self.run_report = RunReport()
         with seeded(seed):
             self.build()
 
@@ -194,13 +196,13 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
         return PathVisualizer()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Configure anomalib's callbacks, and those that check what is given, keep features and finish the training.
+        """Configure anomalib's callbacks, and those that check what is given, keep features, finish and report.
 
         Returns:
             Sequence[Callback]: Callbacks.
         """
         callbacks: Any = super().configure_callbacks()
-        return [*callbacks, Preflight(), self.feature_cache, TrainingEnd()]
+        return [*callbacks, Preflight(), self.feature_cache, TrainingEnd(), self.run_report]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure Adam with one parameter group and one learning-rate schedule a phase.

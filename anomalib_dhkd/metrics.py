@@ -7,15 +7,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.metrics import AUPR, AUPRO, AUROC, AnomalibMetric, Evaluator, F1Max, F1Score
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics import MeanMetric, Metric
+from torchmetrics.functional.classification import binary_roc
 
 from .components.moments import mean_and_variance, moments
 
 logger = logging.getLogger(__name__)
+
+FIELDS = {"image": ["pred_score", "gt_label"], "pixel": ["anomaly_map", "gt_mask"]}
+"""Scores and ground truth of a batch."""
 
 
 def test_metrics() -> list[AnomalibMetric]:
@@ -36,6 +41,35 @@ def test_metrics() -> list[AnomalibMetric]:
         AUPRO(fields=pixel, prefix="pixel_", strict=False),
         F1Score(fields=pixel_label, prefix="pixel_", strict=False),
     ]
+
+
+def curves(batches: list[Any]) -> dict[str, np.ndarray]:
+    """Compute curves on a grid of 201 false-positive rates: ROC up to 1, PRO up to 0.3.
+
+    Args:
+        batches (list[Batch]): Predictions of all test images.
+
+    Returns:
+        dict[str, np.ndarray]: ``image_ROC``, ``pixel_ROC`` and ``pixel_PRO``, each of shape ``(2, 201)``, without those
+            that lack scores or one of the two classes.
+    """
+    found = {}
+    for level, (score, truth) in FIELDS.items():
+        if any(getattr(batch, field) is None for batch in batches for field in (score, truth)):
+            continue
+        scores, truths = (torch.cat([getattr(batch, field).flatten() for batch in batches]) for field in (score, truth))
+        if truths.unique().numel() == 2:
+            rates, recall, _ = binary_roc(scores.cpu(), truths.cpu().int())
+            found[f"{level}_ROC"] = (1.0, rates.numpy(), recall.numpy())
+    if "pixel_ROC" in found:
+        metric = AUPRO(fields=FIELDS["pixel"])
+        for batch in batches:
+            metric.update(batch)
+        maps = torch.cat([batch.anomaly_map for batch in batches])
+        rates, overlaps = metric.compute_pro(metric.perform_cca(), maps)
+        found["pixel_PRO"] = (0.3, rates.numpy(), overlaps.numpy())
+    grids = {name: np.linspace(0, limit, 201) for name, (limit, *_) in found.items()}
+    return {name: np.stack([grids[name], np.interp(grids[name], x, y)]) for name, (_, x, y) in found.items()}
 
 
 class DefinedEvaluator(Evaluator):

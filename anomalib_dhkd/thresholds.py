@@ -50,7 +50,8 @@ class _CountedThreshold(Metric):
         """Count scores of any shape, and whether each is anomalous."""
         scores = scores.float()
         places = _ordered(scores.clamp(-LARGEST, LARGEST).half()) + KINDS * targets.bool().int()
-        self.counts += places.flatten().bincount(minlength=2 * KINDS).view(2, KINDS)
+        # Not in place, which a tensor from a validation outside of training (inference mode) doesn't bear in training.
+        self.counts = self.counts + places.flatten().bincount(minlength=2 * KINDS).view(2, KINDS)
         self.lowest = torch.minimum(self.lowest, scores.min())
         self.highest = torch.maximum(self.highest, scores.max())
 

@@ -114,6 +114,30 @@ def anomalib(folder: Path, *arguments: str) -> str:
 
 
 @contextmanager
+def opened(page: Path) -> Iterator[Any]:
+    """Open a page in Chromium, and assert that its console stays empty; skip the test without Chromium."""
+    browser, service = shutil.which("chromium"), shutil.which("chromedriver")
+    if browser is None or service is None:
+        pytest.skip("Chromium and its driver are not installed (`make browser`)")
+    from selenium import webdriver  # noqa: PLC0415
+
+    options = webdriver.ChromeOptions()
+    for argument in (
+        "headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update",
+    ):  # fmt: skip
+        options.add_argument(f"--{argument}")
+    options.binary_location = browser
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(service))
+    try:
+        driver.get(page.as_uri())
+        yield driver
+        assert driver.get_log("browser") == []
+    finally:
+        driver.quit()
+
+
+@contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[None]:
     """Mount something at an empty folder; skip the test where that can't be done."""
     folder.mkdir(exist_ok=True)

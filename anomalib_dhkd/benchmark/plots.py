@@ -2,8 +2,6 @@
 
 """The pictures in the report of a benchmark."""
 
-import base64
-import io
 from pathlib import Path
 from textwrap import fill
 
@@ -17,26 +15,6 @@ from .predictions import MAP_SIZE
 
 AXES = ("image_AUROC", "pixel_AUROC")
 """Metrics that are plotted over the latency."""
-
-
-def plot_curves(folders: dict[str, Path]) -> Figure:
-    """Plot image ROC, pixel ROC and pixel PRO of the models on one data set."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-    titles = {"image_ROC": "Image ROC", "pixel_ROC": "Pixel ROC", "pixel_PRO": "Pixel PRO"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for model, folder in folders.items():
-            curves = np.load(folder / "curves.npz")
-            if name in curves:
-                axis.plot(*curves[name], label=model)
-        axis.set(
-            title=title,
-            xlabel="false-positive rate",
-            ylabel="region overlap" if "PRO" in name else "recall",
-            ylim=(0, 1.02),
-        )
-    axes[0].legend(loc="lower right")
-    figure.tight_layout()
-    return figure
 
 
 def plot_quality_and_latency(results: pd.DataFrame, latencies: pd.DataFrame) -> Figure:
@@ -140,11 +118,3 @@ def plot_strip(folders: dict[str, Path]) -> Figure:
             axis.imshow(heat_map, cmap="jet", vmin=0, vmax=255)
     figure.tight_layout(pad=0.3)
     return figure
-
-
-def embed(figure: Figure) -> str:
-    """Return a figure as a data URI and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

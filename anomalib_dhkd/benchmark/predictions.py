@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is kept of a test for the report: curves, and a small picture of each prediction."""
+"""What is kept of a test for the report: a small picture of each prediction."""
 
 from typing import Any
 
 import numpy as np
 import torch
-from anomalib.metrics import AUPRO
 from lightning.pytorch import Callback
 from torch.nn import functional as F  # noqa: N812
-from torchmetrics.functional.classification import binary_auroc, binary_roc
+from torchmetrics.functional.classification import binary_auroc
 
-FIELDS = {"image": ["pred_score", "gt_label"], "pixel": ["anomaly_map", "gt_mask"]}
-"""Scores and ground truth of a batch."""
 MAP_SIZE = 64
 """Rows and columns of the heat maps that are kept for the report."""
 
@@ -28,32 +25,6 @@ class PredictionRecorder(Callback):
         del trainer, pl_module, args, kwargs  # Unused arguments.
         outputs.image = outputs.image[:, :, :1, :1]
         self.batches.append(outputs)
-
-
-def curves(batches: list[Any]) -> dict[str, np.ndarray]:
-    """Compute curves on a grid of 201 false-positive rates: ROC up to 1, PRO up to 0.3.
-
-    Args:
-        batches (list[Batch]): Predictions of all test images.
-
-    Returns:
-        dict[str, np.ndarray]: ``image_ROC``, ``pixel_ROC`` and ``pixel_PRO``, each of shape ``(2, 201)``.
-    """
-    found = {}
-    for level, (score, truth) in FIELDS.items():
-        scores, truths = (torch.cat([getattr(batch, field).flatten() for batch in batches]) for field in (score, truth))
-        if truths.unique().numel() == 2:
-            rates, recall, _ = binary_roc(scores.cpu(), truths.cpu().int())
-            found[f"{level}_ROC"] = (1.0, rates.numpy(), recall.numpy())
-    if "pixel_ROC" in found:
-        metric = AUPRO(fields=FIELDS["pixel"])
-        for batch in batches:
-            metric.update(batch)
-        maps = torch.cat([batch.anomaly_map for batch in batches])
-        rates, overlaps = metric.compute_pro(metric.perform_cca(), maps)
-        found["pixel_PRO"] = (0.3, rates.numpy(), overlaps.numpy())
-    grids = {name: np.linspace(0, limit, 201) for name, (limit, *_) in found.items()}
-    return {name: np.stack([grids[name], np.interp(grids[name], x, y)]) for name, (_, x, y) in found.items()}
 
 
 def small(images: torch.Tensor, size: int = MAP_SIZE) -> np.ndarray:

@@ -13,11 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from anomalib.utils.config import flatten_dict
-from jinja2 import Environment, PackageLoader, select_autoescape
+
+from anomalib_dhkd.pages import embed, plot_curves, render
 
 from .jobs import data_name, failed
 from .parity import NOTE as PARITY_NOTE
-from .plots import embed, growth, plot_cases, plot_curves, plot_growth, plot_quality_and_latency, plot_strip
+from .plots import growth, plot_cases, plot_growth, plot_quality_and_latency, plot_strip
 from .robustness import NOTE, flatten_rows, robustness_tables
 from .work import METRICS
 
@@ -236,14 +237,15 @@ def write_report(
     if grown:
         plots["Growth of training with images and pixels"] = embed(plot_growth(grown))
     for data, folders in first_seed(good).items():
-        plots[f"{data}: curves, first seed"] = embed(plot_curves(folders))
+        plots[f"{data}: curves, first seed"] = embed(
+            plot_curves({model: dict(np.load(folder / "curves.npz")) for model, folder in folders.items()})
+        )
         title = f"{data}: best, median and worst case of {next(iter(folders))}, with the pixel AUROC within the image"
         plots[title] = embed(plot_cases(folders))
     for data, folders in first_seed(changes).items():
         title = f"{data}: first defective image under each change, heat maps yellow to red above the threshold"
         plots[title] = embed(plot_strip(folders))
-    environment = Environment(loader=PackageLoader("anomalib_dhkd.benchmark", "."), autoescape=select_autoescape())
-    page = environment.get_template("report.html").render(tables=html, plots=plots, notes=notes)
+    page = render("benchmark/report.html", tables=html, plots=plots, notes=notes)
     (results_dir / "report.html").write_text(page)
     print(markdown(found.get("image AUROC [%]", found.get("Failed jobs"))))  # noqa: T201
     print(f"Report: {results_dir / 'report.html'}")  # noqa: T201

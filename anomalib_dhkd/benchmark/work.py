@@ -34,12 +34,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torchvision.transforms.v2 import Resize
 
 from anomalib_dhkd import RankPreservingPostProcessor
+from anomalib_dhkd.metrics import FIELDS, curves
 
 from .environment import environment, peak_memory
 from .inference import PRECISIONS, Backbone, InferenceSettings, compare
 from .jobs import data_name
 from .parity import measure_parity, parse_formats
-from .predictions import FIELDS, PredictionRecorder, curves, predictions
+from .predictions import PredictionRecorder, predictions
 from .robustness import parse_sets, retest
 
 logger = logging.getLogger(__name__)

@@ -164,6 +164,8 @@ def test_several_devices(quickstart_root: Path, tmp_path: Path) -> None:
     for name, more in (("one", []), ("kept", devices), ("extracted", [*devices, "--model.cache_limit=null"])):
         (tmp_path / name).mkdir()
         output = anomalib(tmp_path / name, "train", *model, *data, *batches, *more)
+        assert len(list((tmp_path / name).rglob("report.html"))) == 1
+        assert "isn't written" not in output
         steps = "2 epochs" if name == "one" else "4 epochs"  # of 2 steps, half as many as with one device
         assert f"DHKD trains for 8 steps ({steps})" in output
         checkpoints.append(next((tmp_path / name).rglob("model.ckpt")))

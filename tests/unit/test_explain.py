@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageItem
-from matplotlib.figure import Figure
 from PIL import Image
 
 from anomalib_dhkd import Dhkd, InsideVisualizer, Quickstart
 from anomalib_dhkd.__main__ import DhkdCLI
-from anomalib_dhkd.explain import colours, good_scores, look_inside, plot_score
+from anomalib_dhkd.explain import colours, good_scores, look_inside
 from tests.helpers import Trained, fit, small_dhkd
 
 OLD = Path(__file__).parents[1] / "checkpoints" / "0.1.0.ckpt"
@@ -77,16 +76,6 @@ def test_good_scores_are_those_of_the_good_validation_images(trained: Trained) -
     assert threshold == 0.5
     trained.model.post_processor.image_sensitivity = 0.4
     assert good_scores(trained.model.post_processor)[1] == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize("threshold", [0.5, None])
-@pytest.mark.parametrize("good", [[], [0.1, 0.2, 0.2]])
-def test_plot_of_the_score(good: list[float], threshold: float | None) -> None:
-    axes = Figure().subplots()
-    plot_score(axes, 0.7, np.array(good), threshold)
-    assert sum(bar.get_height() for bar in axes.patches) == len(good)
-    assert [line.get_xdata()[0] for line in axes.lines] == ([0.7] if threshold is None else [0.7, 0.5])
-    assert "this image: 0.700" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 def test_explain_an_image_and_a_folder(
