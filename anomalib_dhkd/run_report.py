@@ -65,13 +65,11 @@ class RunReport(Callback):
         self.evaluated = Evaluated()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begin anew with a training, and see whether a test is of the model that it left."""
+        """Begin anew with a training."""
+        del pl_module  # Unused argument.
         if stage == "fit":
             self.place, self.steps, self.times = _place(trainer), [], {"begin": time.perf_counter()}
         self.active = self.place is not None and stage in {"fit", "test"} and self.place == _place(trainer)
-        if self.active and stage == "test":
-            own = (None, pl_module.resumed_from, trainer.checkpoint_callback.best_model_path)
-            self.active = str(trainer.ckpt_path) in map(str, own)
 
     @_harmless
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -96,7 +94,9 @@ class RunReport(Callback):
 
     @_harmless
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin anew with the images."""
+        """Begin anew with the images, unless they are to be tested with another checkpoint."""
+        own = (None, self.facts["resumed"], self.facts["checkpoint"])
+        self.active = str(trainer.ckpt_path) in map(str, own)
         self.evaluated = Evaluated()
         self.times["test"] = time.perf_counter()
 
