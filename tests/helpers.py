@@ -105,9 +105,14 @@ def fit(
     return engine, recorder
 
 
+def script(name: str) -> str:
+    """Return the path of a command that is installed beside this Python."""
+    return str(Path(sys.executable).with_name(name))
+
+
 def anomalib(folder: Path, *arguments: str) -> str:
     """Run anomalib's command line in a folder, as a user would, and return what it prints."""
-    command = [str(Path(sys.executable).with_name("anomalib")), *arguments]
+    command = [script("anomalib"), *arguments]
     completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
     return completed.stdout + completed.stderr
