@@ -7,7 +7,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile --max-worker-restart=0
 RESULTS := results/Dhkd/Quickstart/brick/latest
 CHANGED := results/changed_light
 
-.PHONY: quickstart test lint hooks test-mvtec test-kill test-load test-lowest browser format
+.PHONY: quickstart test lint hooks test-mvtec test-kill test-load test-lowest test-wheel test-sdist browser format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -73,6 +73,22 @@ test-lowest:
 	.venv-lowest/bin/pip install --quiet uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev]"
 	.venv-lowest/bin/pytest $(PARALLEL)
+
+# The wheel in an environment with nothing else; it trains two steps there.
+test-wheel: $(VENV)/installed
+	rm -rf .venv-wheel
+	$(BIN)/python -m build --outdir .venv-wheel/dist
+	$(PYTHON) -m venv .venv-wheel/environment
+	.venv-wheel/environment/bin/pip install --quiet --constraint constraints.txt .venv-wheel/dist/*.whl
+	cd .venv-wheel && environment/bin/dhkd config quickstart > quickstart.yaml
+	cd .venv-wheel && environment/bin/dhkd train --config quickstart.yaml --trainer.max_steps 2
+
+# The tests of the sdist, unpacked, in an environment of its own.
+test-sdist: $(VENV)/installed
+	rm -rf .venv-sdist
+	$(BIN)/python -m build --sdist --outdir .venv-sdist
+	tar --extract --gzip --file .venv-sdist/*.tar.gz --directory .venv-sdist --strip-components 1
+	$(MAKE) --directory .venv-sdist test
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -13,4 +13,4 @@ from .post_processor import RankPreservingPostProcessor
 from .torch_model import DhkdModel
 
 __all__ = ["Dhkd", "DhkdModel", "InsideVisualizer", "MVTec", "Quickstart", "RankPreservingPostProcessor"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
