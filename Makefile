@@ -7,7 +7,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile --max-worker-restart=0
 RESULTS := results/Dhkd/Quickstart/brick/latest
 CHANGED := results/changed_light
 
-.PHONY: quickstart test lint hooks test-mvtec test-kill test-load test-lowest test-wheel test-sdist browser format
+.PHONY: quickstart test lint hooks test-mvtec test-kill test-load test-lowest test-wheel test-sdist browser site format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ docs/quickstart.png: $(VENV)/installed
 # should one crash, the other would wait for its tests without end, so that ends the run.
 test: lint
 	$(BIN)/pytest $(PARALLEL) --cov=anomalib_dhkd --cov-report=term
+
+# The documentation as a site, in site/.
+site: $(VENV)/installed
+	$(BIN)/mkdocs build --strict
 
 # What is checked before each commit, too, once `make hooks` was called.
 lint: $(VENV)/installed

@@ -57,7 +57,7 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
     ``train_steps`` optimiser steps, rounded up to whole epochs. The trainer's ``max_epochs`` and ``max_steps`` can only
     shorten it; both phases then shrink in proportion. The model is calibrated before each validation, which sets
     threshold and normalisation: once, at the end, unless ``check_val_every_n_epoch`` is above 1 or
-    ``val_check_interval`` is given. See :class:`~anomalib_dhkd.resume.TrainingEnd` for trainings that are cut short.
+    ``val_check_interval`` is given. See ``anomalib_dhkd.resume.TrainingEnd`` for trainings that are cut short.
 
     Args:
         backbone (str): Name of a timm model. The weights of ``efficientnet_lite0_bundled`` are installed with this
@@ -82,7 +82,7 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
             highest hundredth of its positions, or ``"contrast"``, the same less a part of the mean, the default.
         num_views (int): Changed views of each training image that are trained on, too; 0 for none. Defaults to ``3``.
         view_transform (nn.Module | None): Makes a view of an image of shape ``(1, 3, H, W)``, as transforms of kornia
-            and torchvision do. Defaults to ``None``, for :func:`~anomalib_dhkd.views.light_views`.
+            and torchvision do. Defaults to ``None``, for ``anomalib_dhkd.views.light_views``.
         train_steps (int): Budget of optimiser steps for both phases together, at least 2. Defaults to ``400``.
         cache_limit (float | None): GiB of memory for the features of the training images, above which they are kept in
             a temporary file; ``None`` extracts them at every step, as with augmentations. Defaults to ``2.0``.
@@ -183,7 +183,7 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Return the default evaluator, with the metrics of :func:`~anomalib_dhkd.metrics.test_metrics`."""
+        """Return the default evaluator, with the metrics of ``anomalib_dhkd.metrics.test_metrics``."""
         return DefinedEvaluator(test_metrics=test_metrics())
 
     @classmethod

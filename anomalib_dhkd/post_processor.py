@@ -29,7 +29,7 @@ class RankPreservingPostProcessor(PostProcessor):
     floating-point operation is monotone, so the order of two scores is never reversed. As in anomalib, a sensitivity
     :math:`s` puts the threshold of the normalised scores at :math:`1 - s`.
 
-    Thresholds maximise F1 on validation images, as anomalib's do, see :mod:`~anomalib_dhkd.thresholds`, unless
+    Thresholds maximise F1 on validation images, as anomalib's do, see ``anomalib_dhkd.thresholds``, unless
     ``false_alarm_rate`` is given. Then they come from the good validation images alone: of :math:`n` scores, the image
     threshold is the :math:`\lceil (n + 1) (1 - \alpha) \rceil`-th smallest, and the pixel threshold is the same of the
     highest pixels of the :math:`n` maps. A good image then has an image score, and likewise any pixel, above its
@@ -47,7 +47,7 @@ class RankPreservingPostProcessor(PostProcessor):
         false_alarm_rate (float | None): Rate :math:`\alpha` of false alarms among good images, above 0 and below 1. It
             needs at least :math:`1 / \alpha - 1` good validation images and can be changed on a trained model.
             Defaults to ``None``.
-        **kwargs: Arguments of :class:`anomalib.post_processing.PostProcessor`.
+        **kwargs: Arguments of ``anomalib.post_processing.PostProcessor``.
 
     Raises:
         ValueError: If ``false_alarm_rate`` is out of its range.
@@ -86,7 +86,7 @@ class RankPreservingPostProcessor(PostProcessor):
         return super().checkpoint_config() | {name: getattr(self, name) for name in self.KEPT}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore configuration previously returned by :meth:`checkpoint_config`.
+        """Restore configuration previously returned by ``checkpoint_config``.
 
         Args:
             config (dict[str, Any]): Plain-data configuration to restore.

@@ -54,7 +54,7 @@ class DhkdModel(nn.Module):
     """Frozen features, flow teacher, denoising student and the anomaly map of their differences.
 
     Args:
-        backbone (str): See :class:`~anomalib_dhkd.components.features.FeaturePyramid`.
+        backbone (str): See ``anomalib_dhkd.components.features.FeaturePyramid``.
         layers (Sequence[str]): Layers of the backbone, one scale each, finest first.
         weights (str | Path | None): Local file with the backbone's weights.
         width (int): Channels inside teacher and student at the first layer; at the others in proportion to the layers'
@@ -65,7 +65,7 @@ class DhkdModel(nn.Module):
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
         num_gaussians (int): Local Gaussians of each mixture over the features of all layers; 0 for no mixtures.
-        image_score (str): See :class:`~anomalib_dhkd.anomaly_map.AnomalyMapGenerator`.
+        image_score (str): See ``anomalib_dhkd.anomaly_map.AnomalyMapGenerator``.
         pre_trained (bool): Load the backbone's ImageNet weights. Defaults to ``True``.
 
     Raises:
@@ -186,7 +186,7 @@ class DhkdModel(nn.Module):
         """Compute how anomalous each position is: how far teacher and student differ, how far the mixtures are.
 
         Args:
-            responses (Responses): See :meth:`respond`.
+            responses (Responses): See ``respond``.
 
         Returns:
             dict[str, torch.Tensor]: Means over channels of squared distances, a map of shape ``(B, 1, h, w)`` for each
@@ -203,7 +203,7 @@ class DhkdModel(nn.Module):
         """Turn the responses to images into anomaly maps and image scores.
 
         Args:
-            responses (Responses): See :meth:`respond`.
+            responses (Responses): See ``respond``.
             image_size (tuple[int, int]): Height and width of the anomaly map.
 
         Returns:
@@ -242,7 +242,7 @@ class DhkdModel(nn.Module):
             images (torch.Tensor): Images of shape ``(B, 3, H, W)`` with values in ``[0, 1]``.
 
         Returns:
-            InferenceBatch: See :meth:`score`.
+            InferenceBatch: See ``score``.
         """
         height, width = images.shape[-2:]
         return self.score(self.respond(self.features(images)), (height, width))

@@ -119,27 +119,38 @@ def anomalib(folder: Path, *arguments: str) -> str:
 
 
 @contextmanager
-def opened(page: Path) -> Iterator[Any]:
-    """Open a page in Chromium, and assert that its console stays empty; skip the test without Chromium."""
-    browser, service = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or service is None:
-        pytest.skip("Chromium and its driver are not installed (`make browser`)")
+def browser() -> Iterator[Any]:
+    """Open Chromium, which logs its console and its requests; skip the test where it isn't installed."""
     from selenium import webdriver  # noqa: PLC0415
 
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
+        pytest.skip("Chromium and its driver are not installed (`make browser`)")
     options = webdriver.ChromeOptions()
     for argument in (
-        "headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update",
-    ):  # fmt: skip
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "disable-component-update",
+    ):
         options.add_argument(f"--{argument}")
-    options.binary_location = browser
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(service))
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
     try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@contextmanager
+def opened(page: Path) -> Iterator[Any]:
+    """Open a page in Chromium, and assert that its console stays empty."""
+    with browser() as driver:
         driver.get(page.as_uri())
         yield driver
         assert driver.get_log("browser") == []
-    finally:
-        driver.quit()
 
 
 @contextmanager

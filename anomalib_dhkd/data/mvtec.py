@@ -7,7 +7,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 
 class MVTec(MVTecAD):
-    """The same as :class:`anomalib.data.MVTecAD`; its being imported makes ``--data MVTec`` resolve."""
+    """The same as ``anomalib.data.MVTecAD``; its being imported makes ``--data MVTec`` resolve."""
 
     def setup(self, stage: str | None = None) -> None:
         """Set up the data sets.

@@ -10,6 +10,7 @@ import logging
 import shutil
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import numpy as np
 from anomalib.data import MVTecAD
@@ -48,7 +49,7 @@ class Quickstart(MVTecAD):
         train_batch_size (int): Defaults to ``16``.
         eval_batch_size (int): Defaults to ``16``.
         num_workers (int): Defaults to ``2``.
-        **kwargs: Further arguments of :class:`anomalib.data.MVTecAD`.
+        **kwargs: Further arguments of ``anomalib.data.MVTecAD``.
 
     Raises:
         ValueError: If ``category`` is unknown, or ``num_train`` or ``num_test`` is below 1.
@@ -69,7 +70,7 @@ class Quickstart(MVTecAD):
         train_batch_size: int = 16,
         eval_batch_size: int = 16,
         num_workers: int = 2,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if category not in CATEGORIES:
             msg = f"category must be one of {CATEGORIES}, got {category!r}."

@@ -22,7 +22,9 @@ from anomalib_dhkd import __version__
 from tests.helpers import REPOSITORY
 
 pytest.importorskip("build")
-IGNORED = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "*.egg-info", "__pycache__", "build", "dist", "results")
+IGNORED = shutil.ignore_patterns(
+    ".git", ".venv*", ".*_cache", "*.egg-info", "__pycache__", "build", "dist", "results", "site"
+)
 
 
 class Distributions(NamedTuple):
