@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Each command of README, CONTRIBUTING, docs and configurations, read by what it would run.
+
+Options, files of the repository, extras and targets must be there; trainings aren't run. docs/log is left out, whose
+commands are those of earlier revisions.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.cli.pipelines import PIPELINE_REGISTRY
+from jsonargparse import ArgumentParser
+from packaging.requirements import Requirement
+
+from anomalib_dhkd.__main__ import DhkdCLI
+from anomalib_dhkd.benchmark.pipeline import Benchmark
+from anomalib_dhkd.benchmark.throughput import compare
+from tests.helpers import REPOSITORY, script
+
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
+EXTRAS = set(metadata("anomalib-dhkd").get_all("Provides-Extra") or [])
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+
+
+def _blocks(file: Path) -> list[str]:
+    """Return the shell blocks of a page and its commands within sentences, or the comments of a configuration."""
+    text = file.read_text()
+    if file.suffix == ".md":
+        blocks = re.findall(r"^ *```bash\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+        whole = re.findall(r"`((?:anomalib|dhkd|python -m anomalib_dhkd)\s\w+\s--[^`<]+|make [a-z-]+)`", text)
+        return blocks + [" ".join(command.split()) for command in whole]
+    return re.findall(r"(?:^#   .*\n)+", text, re.MULTILINE)
+
+
+def _commands(block: str) -> list[str]:
+    """Return the commands of a block, each in one line."""
+    joined = re.sub(r"\\\n(?:#? *)", "", block)
+    return [line.removeprefix("#").strip() for line in joined.splitlines()]
+
+
+BLOCKS = [(file, block) for file in [*PAGES, *CONFIGS] for block in _blocks(file)]
+
+
+def _dhkd(arguments: list[str]) -> None:
+    if arguments[0] == "config":
+        with pytest.raises(SystemExit) as ended:
+            DhkdCLI(arguments)
+        assert not ended.value.code
+        return
+    cli = DhkdCLI(arguments, run=False)
+    if cli.subcommand == "benchmark":
+        settings = cli.config["benchmark"]
+        with_gpu = yaml.safe_load(Path(settings.config).read_text()).get("accelerator") == "cuda"
+        if torch.cuda.is_available() or not with_gpu:
+            Benchmark()._get_args(settings)
+
+
+def _throughput(arguments: list[str]) -> None:
+    parser = ArgumentParser()
+    parser.add_function_arguments(compare)
+    parser.parse_args(arguments)
+
+
+def _make(arguments: list[str]) -> None:
+    unknown = {word for word in arguments if "=" not in word} - TARGETS
+    assert not unknown, f"{unknown} isn't in the Makefile"
+
+
+def _pip(arguments: list[str]) -> None:
+    wanted = Requirement(re.sub(r"^\.", "anomalib-dhkd", arguments[1]))
+    assert (arguments[0], wanted.name) == ("install", "anomalib-dhkd")
+    assert wanted.extras <= EXTRAS, f"{wanted.extras - EXTRAS} isn't an extra"
+
+
+def _eval(arguments: list[str]) -> None:
+    """Run the line that switches completion on, and see that it is on."""
+    environment = os.environ | {"PATH": f"{Path(script('dhkd')).parent}:{os.environ['PATH']}"}
+    lines = f'set -o pipefail; eval "{arguments[0]}"; complete -p dhkd'
+    completed = subprocess.run(["/bin/bash", "-c", lines], env=environment, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+
+
+READERS: dict[str, Callable[[list[str]], Any]] = {
+    "anomalib": lambda arguments: AnomalibCLI(arguments, run=False),
+    "dhkd": _dhkd,
+    "python -m anomalib_dhkd": _dhkd,
+    "python -m anomalib_dhkd.benchmark.throughput": _throughput,
+    "make": _make,
+    "pip": _pip,
+    "eval": _eval,
+}
+"""What reads the arguments of each program as the program does."""
+
+
+def _read(command: str) -> None:
+    """Read a command; raise an error, or exit with a status, if its program would refuse it."""
+    words = shlex.split(re.sub(r"<[^<>]+>", "data", command), comments=True)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]  # an environment variable
+    length = 3 if words[0] == "python" else 1
+    program, arguments = " ".join(words[:length]), words[length:]
+    assert program in READERS, f"No test reads {program}."
+    with contextlib.ExitStack() as stack:
+        if ">" in arguments:
+            *arguments, _, name = arguments
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(name).open("w"))))
+        READERS[program](arguments)
+
+
+@pytest.fixture(autouse=True)
+def _checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be in a folder that has what the commands take for granted: the configurations, and some folders and files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PIPELINE_REGISTRY, "benchmark", Benchmark)
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "data" / "parts").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, id=f"{file.stem}-{number}") for number, (file, block) in enumerate(BLOCKS)]
+)
+def test_commands_are_read(block: str) -> None:
+    commands = _commands(block)
+    assert commands
+    for command in commands:
+        _read(command)
+
+
+def test_the_commands_that_must_be_there_are() -> None:
+    commands = {command for _, block in BLOCKS for command in _commands(block)}
+    assert "anomalib train --model anomalib_dhkd.Dhkd --data MVTec --data.category bottle" in commands
+    assert {file for file, _ in BLOCKS} >= {*CONFIGS, REPOSITORY / "README.md", REPOSITORY / "docs" / "deploy.md"}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("anomalib train --model anomalib_dhkd.Dhkd --data MVTec --data.categry bottle", "categry"),
+        ("anomalib train --config configs/model/nothing.yaml", "does not exist"),
+        ("dhkd config nothing > my.yaml", "invalid choice: 'nothing'"),
+        ("dhkd watch --model model.xml --source folder --outputs verdicts.jsonl", "--outputs"),
+        ("python -m anomalib_dhkd benchmark --config configs/benchmark/growth.yaml --root one two", "root must be 1"),
+        ("python -m anomalib_dhkd.benchmark.throughput --model model.xml --folder folder", "--folder"),
+        ("make nothing", "isn't in the Makefile"),
+        ("pip install '.[nothing]'", "isn't an extra"),
+        ('eval "$(register-nothing dhkd)"', "register-nothing"),
+        ("docker run anomalib", "No test reads docker"),
+    ],
+)
+def test_a_wrong_command_is_found(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((Exception, SystemExit)) as error:  # of many kinds, with a message each
+        _read(command)
+    assert message in f"{error.value}{capsys.readouterr().err}"
