@@ -78,12 +78,7 @@ def test_an_installed_wheel_works_away_from_the_repository(distributions: Distri
     """Other packages are this environment's; of the repository and of what is installed here in its place, nothing."""
     environment = tmp_path / "environment"
     venv.create(environment)
-    (packages,) = environment.glob("lib/python*/site-packages")
-    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
     python, dhkd = environment / "bin" / "python", environment / "bin" / "dhkd"
-    install = ["install", "--quiet", "--no-deps", "--no-index", str(distributions.wheel)]
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True)
-
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*command: str | Path) -> str:
@@ -93,6 +88,10 @@ def test_an_installed_wheel_works_away_from_the_repository(distributions: Distri
         assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
         return completed.stdout
 
+    install = ["install", "--quiet", "--no-deps", "--no-index", distributions.wheel]
+    run(sys.executable, "-m", "pip", "--python", python, *install)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
     where = run(python, "-c", "import anomalib_dhkd; print(anomalib_dhkd.__file__)").splitlines()[-1]
     assert Path(where) == packages / "anomalib_dhkd" / "__init__.py"
     assert run(dhkd, "--help").startswith("usage: dhkd ")
