@@ -60,7 +60,15 @@ class AffinityLoss(nn.Module):
         super().__init__()
         self.max_grid = max_grid
 
-    def _affinity(self, maps: torch.Tensor) -> torch.Tensor:
+    def affinity(self, maps: torch.Tensor) -> torch.Tensor:
+        """Compute how alike the positions of a map are.
+
+        Args:
+            maps (torch.Tensor): Maps of shape ``(B, C, H, W)``.
+
+        Returns:
+            torch.Tensor: Cosine similarities of shape ``(B, N, N)``, with ``N`` positions after pooling, row by row.
+        """
         height, width = maps.shape[-2:]
         if height > self.max_grid or width > self.max_grid:
             maps = F.adaptive_avg_pool2d(maps, (min(height, self.max_grid), min(width, self.max_grid)))
@@ -69,5 +77,5 @@ class AffinityLoss(nn.Module):
 
     def forward(self, teacher: list[torch.Tensor], student: list[torch.Tensor]) -> torch.Tensor:
         """Compare lists of maps of shape ``(B, C, H, W)``; the scalar result is summed over the scales."""
-        losses = [F.mse_loss(self._affinity(s), self._affinity(t)) for t, s in zip(teacher, student, strict=True)]
+        losses = [F.mse_loss(self.affinity(s), self.affinity(t)) for t, s in zip(teacher, student, strict=True)]
         return torch.stack(losses).sum()

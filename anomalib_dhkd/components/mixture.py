@@ -65,6 +65,19 @@ class FeatureMixture(nn.Module):
         batch, _, height, width = features[-1].shape
         return distances.amin(dim=0).reshape(batch, 1, height, width) / rows.shape[1]
 
+    def nearest(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Find the Gaussian that :meth:`forward` takes the distance of each position to.
+
+        Args:
+            features (list[torch.Tensor]): See :meth:`forward`.
+
+        Returns:
+            torch.Tensor: Indices of Gaussians, of shape ``(B, h, w)``.
+        """
+        distances, indices = self._candidates(_rows(features) @ self.whitening)
+        batch, _, height, width = features[-1].shape
+        return indices.gather(0, distances.argmin(dim=0, keepdim=True)).reshape(batch, height, width)
+
     def _candidates(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return squared distances of whitened rows to their candidates, and which they are; shape ``(3, N)`` each."""
         precise = self.means / self.round_variances[:, None]

@@ -24,6 +24,14 @@ def test_distillation_loss() -> None:
     assert DistillationLoss()(teacher, student).item() == pytest.approx(4 + 9)
 
 
+def test_affinity_is_the_cosine_similarity_of_positions_row_by_row() -> None:
+    maps = torch.randn(2, 5, 3, 4)
+    affinity = AffinityLoss().affinity(maps)
+    assert affinity.shape == (2, 12, 12)
+    expected = torch.cosine_similarity(maps[1, :, 0, 3], maps[1, :, 2, 1], dim=0)
+    torch.testing.assert_close(affinity[1, 3, 9], expected)
+
+
 @pytest.mark.parametrize("grid", [(8, 8), (6, 11), (24, 40)])
 def test_affinity_loss_of_equal_inputs_is_zero(grid: tuple[int, int]) -> None:
     maps = [torch.randn(2, 5, *grid)]

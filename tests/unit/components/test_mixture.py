@@ -42,8 +42,9 @@ def test_distance_is_mahalanobis_to_the_nearest_of_the_three_likeliest(size: tup
     precisions = precisions / mixture.other_variances[:, None, None]
     differences = rows[..., None, :] - mixture.means
     everyone = torch.einsum("bhwkc,kcd,bhwkd->bhwk", differences, precisions, differences)
-    expected = everyone.gather(-1, likeliest).amin(dim=-1)[:, None] / 10
-    torch.testing.assert_close(mixture(features), expected, atol=1e-4, rtol=1e-4)
+    distances, nearest = everyone.gather(-1, likeliest).min(dim=-1, keepdim=True)
+    torch.testing.assert_close(mixture(features), distances.movedim(-1, 1) / 10, atol=1e-4, rtol=1e-4)
+    assert torch.equal(mixture.nearest(features), likeliest.gather(-1, nearest)[..., 0])
 
 
 def test_fitted_to_clusters_it_knows_their_shapes() -> None:
