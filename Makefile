@@ -7,7 +7,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile --max-worker-restart=0
 RESULTS := results/Dhkd/Quickstart/brick/latest
 CHANGED := results/changed_light
 
-.PHONY: quickstart test lint hooks test-mvtec test-kill test-load test-lowest test-wheel test-sdist browser site format
+.PHONY: quickstart test lint hooks test-mvtec test-kill test-load test-lowest test-wheel test-sdist browser site notebooks format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,14 @@ lint: $(VENV)/installed
 
 hooks: $(VENV)/installed
 	$(BIN)/pre-commit install
+
+# Run the notebooks and write their outputs into them. They run in a folder that is deleted, so nothing else is left.
+notebooks: $(VENV)/installed
+	scratch=$$(mktemp -d) && trap "rm -r $$scratch" EXIT && cp notebooks/*.ipynb $$scratch && \
+	$(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False \
+		--ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec \
+		$$scratch/*.ipynb && \
+	cp $$scratch/*.ipynb notebooks
 
 # Chromium, which opens the reports in tests that are skipped without it (Debian and Ubuntu, as root).
 browser:
