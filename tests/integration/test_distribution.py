@@ -69,7 +69,7 @@ def test_the_wheel_has_the_package_and_the_configurations(distributions: Distrib
 def test_the_sdist_has_what_its_tests_need(distributions: Distributions) -> None:
     with tarfile.open(distributions.sdist) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
-    needed = _files("anomalib_dhkd", "configs", "docs", "tests")
+    needed = _files("anomalib_dhkd", "configs", "docs", "notebooks", "tests")
     needed |= {file.name for file in REPOSITORY.iterdir() if file.suffix in {".md", ".toml", ".txt", ".yml"}}
     assert needed | {"Makefile", "LICENSE"} <= held
 
