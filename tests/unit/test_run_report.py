@@ -51,6 +51,7 @@ def test_a_whole_page(quickstart: Quickstart, tmp_path: Path, caplog: pytest.Log
         engine, model = _train(datamodule, tmp_path / "a results' folder")
     page = _page(engine)
     assert f"Report: {page}" in caplog.text
+    assert re.search(r"Next: anomalib predict .*model.ckpt", caplog.messages[-1])
     assert page.parent == Path(engine.best_model_path).parents[2]
     text = page.read_text()
     assert "<b>" not in text
