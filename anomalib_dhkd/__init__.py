@@ -5,7 +5,7 @@
 Importing this package registers the model, its bundled backbones and the short data name ``MVTec``.
 """
 
-from . import registration  # noqa: F401
+from . import quiet, registration  # noqa: F401
 from .data import MVTec, Quickstart
 from .explain import InsideVisualizer
 from .lightning_model import Dhkd

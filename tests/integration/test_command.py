@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers import REPOSITORY, script
+from tests.helpers import REPOSITORY, SMALL, script
 
 DHKD = [script("dhkd")]
 MODULE = [sys.executable, "-m", "anomalib_dhkd"]
@@ -59,3 +59,15 @@ def test_a_configuration_trains_without_a_file_of_it() -> None:
     assert config["data"]["class_path"] == written["data"]["class_path"]
     assert config["data"]["init_args"].items() >= written["data"]["init_args"].items()
     assert config["model"]["init_args"].items() >= written["model"]["init_args"].items()
+
+
+def test_a_training_shows_no_warnings_of_other_packages(quickstart_root: Path, tmp_path: Path) -> None:
+    model = ["--model", "Dhkd", *(f"--model.{key}={value}" for key, value in SMALL.items()), "--model.train_steps=2"]
+    data = ["--data", "Quickstart", "--data.root", str(quickstart_root), "--data.num_train=8", "--data.num_test=2"]
+    command = [*DHKD, "train", *model, *data, "--data.num_workers=0"]
+    completed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    output = completed.stdout + completed.stderr
+    assert completed.returncode == 0, output[-3000:]
+    assert "Next:" in output
+    for words in ("Warning", "treespec", "module(s) in eval mode", "`max_epochs` was not set"):
+        assert words not in output
