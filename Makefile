@@ -62,7 +62,7 @@ notebooks: $(VENV)/installed
 		$$scratch/*.ipynb && \
 	cp $$scratch/*.ipynb notebooks
 
-# Chromium, which opens the reports in tests that are skipped without it (Debian and Ubuntu, as root).
+# Chromium, which opens pages in tests that are skipped without it (Debian and Ubuntu, as root).
 browser:
 	apt-get update --quiet=2
 	apt-get install --quiet=2 --no-install-recommends chromium chromium-driver > /dev/null
