@@ -43,7 +43,6 @@ class FaithfulExportMixin(AnomalibModule):
       convolutions lose more than they gain.
     - Files carry :meth:`description`: OpenVINO's in ``rt_info`` under ``["anomalib_dhkd", key]``, ONNX's in
       ``metadata_props`` under ``anomalib_dhkd.key``.
-
     - OpenVINO's files compute in single precision on every device. OpenVINO takes bfloat16 on processors that can,
       those with AMX or AVX-512 BF16, and float16 on GPUs, unless what loads a file asks for another precision. In half
       precision scores move, and labels can change. Therefore each operation is marked to keep its precision (OpenVINO

@@ -28,6 +28,5 @@ def track(trainer: Any, items: Iterable[Item], description: str, total: int) -> 
     for item in items:
         yield item
         progress.advance(task)
-        progress.refresh()
     # Lightning finds its own bars by their number among all, so none may be removed.
     progress.update(task, visible=False)

@@ -117,8 +117,8 @@ class RunReport(Callback):
         page = render("run_report.html", **self.facts, **results, seconds=self._seconds())
         (folder / "report.html").write_text(page, encoding="utf-8")
         logger.info("Report: %s", folder / "report.html")
-        for command in list(self.facts["commands"].values())[:1]:
-            logger.info("Next: %s", command)
+        if self.facts["commands"]:
+            logger.info("Next: %s", next(iter(self.facts["commands"].values())))
         self.evaluated = Evaluated()  # a model takes no more memory than before
 
     def _seconds(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ import torch
 from anomalib.data.utils.image import is_image_file
 from anomalib.visualization.image import visualize_anomaly_map
 
+from .export import SECTION
 from .images import Item, captured, in_folder
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Detector:
         if not names >= OUTPUTS:
             msg = f"model must give {', '.join(sorted(OUTPUTS))} as anomalib's exports do, got {sorted(names)}."
             raise ValueError(msg)
-        key = ["anomalib_dhkd", "precision"]
+        key = [SECTION, "precision"]
         if precision != "f32" and model.has_rt_info(key) and model.get_rt_info(key).astype(str) == "f32":
             msg = f"precision must be f32 for {path}, got {precision}. Export it with compression_type FP16 for others."
             raise ValueError(msg)
