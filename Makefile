@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 PARALLEL := --numprocesses=2 --dist=loadfile --max-worker-restart=0
 RESULTS := results/Dhkd/Quickstart/brick/latest
 CHANGED := results/changed_light
+RESULTS_OF_BENCHMARK ?= results/benchmark/quickstart
 
-.PHONY: quickstart test lint hooks test-mvtec test-kill test-load test-lowest test-wheel test-sdist browser site notebooks format
+.PHONY: quickstart test lint hooks test-mvtec test-kill test-load test-lowest test-wheel test-sdist browser site pictures notebooks format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,11 +31,10 @@ quickstart: $(VENV)/installed
 	@echo "Checkpoint:     $(RESULTS)/weights/lightning/model.ckpt"
 	@echo "OpenVINO model: $(RESULTS)/weights/openvino/model.xml"
 
-# The picture in the README: one heat map of each kind of defect from the quickstart's results.
-docs/quickstart.png: $(VENV)/installed
-	$(BIN)/python -c "import numpy; from pathlib import Path; from skimage import io; \
-		files = sorted(Path('$(RESULTS)/images/test').glob('[!g]*/000.png')); \
-		io.imsave('$@', numpy.vstack([io.imread(file) for file in files]))"
+# The pictures in docs/pictures: the architecture from the model, the others from a benchmark's results. Those are there
+# after `python -m anomalib_dhkd benchmark --config configs/benchmark/quickstart.yaml`, which needs no download.
+pictures: $(VENV)/installed
+	$(BIN)/python docs/pictures.py --results $(RESULTS_OF_BENCHMARK)
 
 # Linter, type checker, tests; how much of the package they run is printed at the end. Two processes share the files;
 # should one crash, the other would wait for its tests without end, so that ends the run.

@@ -2,35 +2,85 @@
 
 """The pictures in the report of a benchmark."""
 
+from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from .predictions import MAP_SIZE
+from .robustness import mean_over_data
 
 AXES = ("image_AUROC", "pixel_AUROC")
 """Metrics that are plotted over the latency."""
+COLOURS = [colour for start in (0, 1) for colour in mpl.color_sequences["tab20"][start::2]]
+"""Of the models in their order, the light ones last."""
+MARKERS = "osD"
+"""Of the images as they are and of the sets of changes."""
 
 
-def plot_quality_and_latency(results: pd.DataFrame, latencies: pd.DataFrame) -> Figure:
-    """Plot the models' mean AUROC over the latency of one image in OpenVINO, else in PyTorch."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+def plot_quality_and_latency(results: pd.DataFrame, latencies: pd.DataFrame, changed: pd.DataFrame) -> Figure:
+    """Plot the models' mean AUROC over the latency of one image in OpenVINO, else in PyTorch.
+
+    Args:
+        results (pd.DataFrame): Trainings without errors, with ``model`` and the metrics of ``AXES``.
+        latencies (pd.DataFrame): ``model``, ``runs in`` and ``latency [ms]``.
+        changed (pd.DataFrame): Tests on changed images, see :func:`~.robustness.flatten_rows`; a line leads down to the
+            mean of each set of changes. Empty if there are none.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     means = 100 * results.groupby("model", sort=False)[list(AXES)].mean()
     way = "OpenVINO f32" if (latencies["runs in"] == "OpenVINO f32").any() else "torch CPU"
     latency = latencies[latencies["runs in"] == way].set_index("model")["latency [ms]"]
+    models = means.index.intersection(latency.index, sort=False)
     for axis, metric in zip(axes, AXES, strict=True):
-        for model in means.index.intersection(latency.index):
-            axis.plot(latency[model], means.loc[model, metric], "o")
-            axis.annotate(model, (latency[model], means.loc[model, metric]), xytext=(5, 4), textcoords="offset points")
+        sets = mean_over_data(changed, metric).filter(like=", mean") if metric in changed else pd.DataFrame()
+        for model, colour in zip(models, cycle(COLOURS), strict=False):
+            values = [means.loc[model, metric], *sets.reindex(models).loc[model]]
+            axis.plot([latency[model]] * len(values), values, "-", color=colour, linewidth=1)
+            for value, marker in zip(values, MARKERS, strict=False):
+                axis.plot(latency[model], value, marker, color=colour)
         axis.set(xlabel=f"latency of one image, {way} [ms]", ylabel=f"mean {metric.replace('_', ' ')} [%]")
+        axis.margins(x=0.2, y=0.1)
         axis.set_xlim(left=0)
-        axis.margins(x=0.2, y=0.2)
-    figure.tight_layout()
+        axis.grid(color="0.9")
+        axis.set_axisbelow(True)
+    shown = [Line2D([], [], color=colour, linewidth=4) for _, colour in zip(models, cycle(COLOURS), strict=False)]
+    labels = list(models)
+    if len(sets.columns):
+        shown += [
+            Line2D([], [], color="0.4", linestyle="", marker=marker) for marker in MARKERS[: len(sets.columns) + 1]
+        ]
+        labels += ["as they are", *(f"changed: {name}" for name in sets.columns)]
+    figure.legend(shown, labels, loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def plot_robustness(changed: pd.DataFrame) -> Figure:
+    """Plot the models' image AUROC as the images are and under each change, mean over data sets and seeds.
+
+    Args:
+        changed (pd.DataFrame): See :func:`~.robustness.flatten_rows`.
+    """
+    means = mean_over_data(changed, "image_AUROC")
+    figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.27 * len(means.columns)), layout="constrained")
+    for (model, values), colour, marker in zip(means.iterrows(), cycle(COLOURS), cycle("osD^vPX"), strict=False):
+        axis.plot(values, range(len(values)), marker=marker, color=colour, linewidth=1, markersize=5, label=model)
+    axis.set_yticks(range(len(means.columns)), means.columns)
+    for label, name in zip(axis.get_yticklabels(), means.columns, strict=True):
+        if name.endswith(", mean"):
+            label.set_fontweight("bold")
+            axis.axhspan(label.get_position()[1] - 0.5, label.get_position()[1] + 0.5, color="0.93", linewidth=0)
+    axis.set(xlabel="image AUROC [%]", ylim=(len(means.columns) - 0.5, -0.5))
+    axis.grid(color="0.9")
+    axis.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 

@@ -2,7 +2,8 @@
 
 """The report of a benchmark: ``results.csv``, ``results.json``, ``results.md``, and all in one page ``report.html``.
 
-The tests on changed images, if there are any, are in ``robustness.csv`` too.
+The tests on changed images, if there are any, are in ``robustness.csv`` too, and the comparison of inference in
+``inference.csv``.
 """
 
 import json
@@ -18,7 +19,7 @@ from anomalib_dhkd.pages import embed, plot_curves, render
 
 from .jobs import data_name, failed
 from .parity import NOTE as PARITY_NOTE
-from .plots import growth, plot_cases, plot_growth, plot_quality_and_latency, plot_strip
+from .plots import growth, plot_cases, plot_growth, plot_quality_and_latency, plot_robustness, plot_strip
 from .robustness import NOTE, flatten_rows, robustness_tables
 from .work import METRICS
 
@@ -232,7 +233,10 @@ def write_report(
     good = results[results["error"].isna()]
     inference = inference_table(latencies, "rows")
     if len(inference):
-        plots["Quality and latency"] = embed(plot_quality_and_latency(good, inference))
+        inference.to_csv(results_dir / "inference.csv", index=False)
+        plots["Quality and latency"] = embed(plot_quality_and_latency(good, inference, changes))
+    if len(changes):
+        plots["Image AUROC under each change, mean over data and seeds"] = embed(plot_robustness(changes))
     grown = growth(good)
     if grown:
         plots["Growth of training with images and pixels"] = embed(plot_growth(grown))

@@ -145,6 +145,22 @@ def percentages(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
     return table
 
 
+def mean_over_data(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Return a measure of each model in per cent, the mean over data sets and seeds.
+
+    Args:
+        rows (pd.DataFrame): See :func:`flatten_rows`.
+        measure (str): A key of ``TITLES``.
+
+    Returns:
+        pd.DataFrame: A row for each model that has all data sets; columns as :func:`percentages` has them.
+    """
+    table = percentages(rows, measure)
+    if len(rows["data"].unique()) > 1:
+        table = table[table.index.get_level_values("data") == "mean"]
+    return table.droplevel("data")
+
+
 def colours(table: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Return the style (CSS) of each cell, which shows the loss against the unchanged images.
 

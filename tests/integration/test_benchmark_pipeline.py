@@ -20,6 +20,8 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentError
+from pictures import write_pictures
+from PIL import Image
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 from torchvision.transforms.v2.functional import resize
 
@@ -236,7 +238,8 @@ def test_report(finished: Path) -> None:
             assert title in content
         assert "DHKD (reported by the authors, not reproduced)" in content
         assert "no_such_backbone" in content
-    assert page.count("data:image/png;base64,") == 4  # quality and latency, curves, cases, changed images
+    # Quality and latency, image AUROC over the changes, curves, cases, changed images.
+    assert page.count("data:image/png;base64,") == 5
     assert _outside(page) == []
     assert "http://" not in page
     assert "https://" not in page
@@ -293,6 +296,7 @@ def test_report_of_changed_images(finished: Path) -> None:
         assert "the deeper the red" in content
     assert "background-color: rgba(220, 60, 40, " in page
     assert "first defective image under each change" in page
+    assert "<h2>Image AUROC under each change" in page
     # Each model has looked at the same image.
     strips = [np.load(path) for path in sorted((finished.parent / "results").glob("jobs/*/strip.npz"))]
     assert len(strips) == 3
@@ -301,6 +305,27 @@ def test_report_of_changed_images(finished: Path) -> None:
         assert np.array_equal(strip["image"], strips[0]["image"])
         assert strip["image"].shape == (5, 3, 128, 128)
         assert len({heat_map.tobytes() for heat_map in strip["map"]}) == 5
+
+
+def test_pictures_of_the_documentation(finished: Path, tmp_path: Path) -> None:
+    write_pictures(finished.parent / "results", tmp_path)
+    plots = {name: (tmp_path / f"{name}.svg").read_text() for name in ("robustness", "quality_latency")}
+    for model in ("DHKD", "PaDiM", "CFlow"):
+        assert all(f">{model}</text>" in plot for plot in plots.values())
+    for change in ("unchanged", *SETS["ADShift"], "ADShift, mean"):
+        assert f">{change}</text>" in plots["robustness"]
+    assert ">changed: ADShift, mean</text>" in plots["quality_latency"]
+    assert "broken" not in "".join(plots.values())
+    with Image.open(tmp_path / "gallery.png") as gallery:
+        assert gallery.size == (1000, 840)  # five kinds of defects
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "architecture.svg",
+        "gallery.png",
+        *(f"{name}.svg" for name in plots),
+    }
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    write_pictures(finished.parent / "results", tmp_path)
+    assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
 
 
 def test_growth(quickstart_root: Path, tmp_path: Path) -> None:
@@ -425,7 +450,7 @@ def test_report_in_a_browser(finished: Path) -> None:
     with opened(finished.parent / "results" / "report.html") as driver:
         assert driver.title == "Benchmark"
         pictures = driver.find_elements("tag name", "img")
-        assert len(pictures) == 4
+        assert len(pictures) == 5
         assert all(int(picture.get_property("naturalWidth")) > 100 for picture in pictures)
         table = driver.find_element("css selector", "table.sortable")
 

@@ -53,5 +53,5 @@ def test_in_a_browser(site: Path) -> None:
         messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     sent = [message for message in messages if message["method"] == "Network.requestWillBeSent"]
     addresses = {message["params"]["request"]["url"] for message in sent}
-    assert (site / "quickstart.png").as_uri() in addresses
+    assert (site / "pictures" / "gallery.png").as_uri() in addresses
     assert {address.partition(":")[0] for address in addresses} <= {"file", "data"}
