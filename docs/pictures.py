@@ -216,6 +216,9 @@ def write_pictures(results: Path = Path("results/benchmark/quickstart"), folder:
         trainings, changed, latencies = (pd.read_csv(results / name) for name in TABLES)
         trainings = trainings[trainings["error"].isna()]
         draw_gallery(trainings).savefig(folder / "gallery.png")
+        with Image.open(folder / "gallery.png") as gallery:
+            smaller = gallery.convert("RGB").quantize()  # 256 colours take half the space
+        smaller.save(folder / "gallery.png")
         _save(plot_robustness(changed), folder / "robustness.svg")
         _save(plot_quality_and_latency(trainings, latencies, changed), folder / "quality_latency.svg")
 

@@ -5,6 +5,7 @@
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from .changes import UNCHANGED
 from .predictions import MAP_SIZE
 from .robustness import mean_over_data
 
@@ -34,31 +36,31 @@ def plot_quality_and_latency(results: pd.DataFrame, latencies: pd.DataFrame, cha
         changed (pd.DataFrame): Tests on changed images, see :func:`~.robustness.flatten_rows`; a line leads down to the
             mean of each set of changes. Empty if there are none.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
     means = 100 * results.groupby("model", sort=False)[list(AXES)].mean()
     way = "OpenVINO f32" if (latencies["runs in"] == "OpenVINO f32").any() else "torch CPU"
     latency = latencies[latencies["runs in"] == way].set_index("model")["latency [ms]"]
     models = means.index.intersection(latency.index, sort=False)
     for axis, metric in zip(axes, AXES, strict=True):
         sets = mean_over_data(changed, metric).filter(like=", mean") if metric in changed else pd.DataFrame()
-        for model, colour in zip(models, cycle(COLOURS), strict=False):
+        # The first model is on top of others that are as fast.
+        for order, (model, colour) in enumerate(zip(models, cycle(COLOURS), strict=False)):
             values = [means.loc[model, metric], *sets.reindex(models).loc[model]]
-            axis.plot([latency[model]] * len(values), values, "-", color=colour, linewidth=1)
+            style = {"color": colour, "zorder": 3 - order / len(models)}
+            axis.plot([latency[model]] * len(values), values, "-", **style)
             for value, marker in zip(values, MARKERS, strict=False):
-                axis.plot(latency[model], value, marker, color=colour)
+                axis.plot(latency[model], value, marker, markeredgecolor="white", markersize=8, **style)
         axis.set(xlabel=f"latency of one image, {way} [ms]", ylabel=f"mean {metric.replace('_', ' ')} [%]")
         axis.margins(x=0.2, y=0.1)
         axis.set_xlim(left=0)
         axis.grid(color="0.9")
-        axis.set_axisbelow(True)
+    legend: Any = {"ncols": 4, "frameon": False}
     shown = [Line2D([], [], color=colour, linewidth=4) for _, colour in zip(models, cycle(COLOURS), strict=False)]
-    labels = list(models)
+    figure.legend(shown, list(models), loc="outside upper center", **legend)
     if len(sets.columns):
-        shown += [
-            Line2D([], [], color="0.4", linestyle="", marker=marker) for marker in MARKERS[: len(sets.columns) + 1]
-        ]
-        labels += ["as they are", *(f"changed: {name}" for name in sets.columns)]
-    figure.legend(shown, labels, loc="outside upper center", ncols=4, frameon=False)
+        names = [UNCHANGED, *sets.columns]
+        shown = [Line2D([], [], color="0.4", linestyle="", marker=marker) for marker in MARKERS[: len(names)]]
+        figure.legend(shown, names, loc="outside lower center", **legend)
     return figure
 
 
