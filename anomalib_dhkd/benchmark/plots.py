@@ -46,7 +46,7 @@ def plot_quality_and_latency(results: pd.DataFrame, latencies: pd.DataFrame, cha
         # The first model is on top of others that are as fast.
         for order, (model, colour) in enumerate(zip(models, cycle(COLOURS), strict=False)):
             values = [means.loc[model, metric], *sets.reindex(models).loc[model]]
-            style = {"color": colour, "zorder": 3 - order / len(models)}
+            style: Any = {"color": colour, "zorder": 3 - order / len(models)}
             axis.plot([latency[model]] * len(values), values, "-", **style)
             for value, marker in zip(values, MARKERS, strict=False):
                 axis.plot(latency[model], value, marker, markeredgecolor="white", markersize=8, **style)
