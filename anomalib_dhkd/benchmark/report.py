@@ -142,6 +142,9 @@ def tables(
     if len(good):
         for metric in METRICS:
             found[f"{metric.replace('_', ' ')} [%]"] = quality(good, metric, with_reported)
+        if shifts := [name for name in good if name.endswith("_shift")]:
+            numbers = good.groupby("model", sort=False)[shifts].mean().dropna(how="all").map("{:.2f}".format)
+            found["Shift of the responses on anomalies"] = numbers.replace("nan", "").reset_index()
         costs = good.groupby("model", sort=False)[[name for name in COSTS if good[name].notna().any()]].mean()
         costs.insert(1, "times first", costs["training [s]"] / costs["training [s]"].iloc[0])
         found["Cost of training, mean over data and seeds"] = costs.map("{:.4g}".format).reset_index()

@@ -199,6 +199,7 @@ def train_and_test(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     (metrics,) = engine.test(model, datamodule)
     row |= {"test [s]": time.perf_counter() - start} | {name: metrics.get(name) for name in METRICS}
+    row |= {name: value for name, value in metrics.items() if name.endswith("_shift")}
     for name, arrays in (("curves", curves(recorder.batches)), ("predictions", predictions(recorder.batches))):
         np.savez_compressed(folder / f"{name}.npz", allow_pickle=False, **arrays)
     return row

@@ -117,6 +117,9 @@ def test_results(finished: Path) -> None:
     assert good[list(METRICS)].map(lambda value: 0 <= value <= 1).all(axis=None)
     assert (good[["training [s]", "test [s]", "peak memory [GiB]", "steps"]] > 0).all(axis=None)
     assert good["error"].isna().all()
+    shifts = good[["teacher_shift", "student_shift"]]
+    assert (shifts.loc["DHKD"] > 0).all()
+    assert shifts.drop(index="DHKD").isna().all(axis=None)
     assert "no_such_backbone" in results.loc["broken", "error"]
     assert good[["python", "torch", "anomalib", "openvino", "CPU", "cores"]].notna().all(axis=None)
     rows = json.loads((finished.parent / "results" / "results.json").read_text())
@@ -230,8 +233,8 @@ def _outside(page: str) -> list[str]:
 def test_report(finished: Path) -> None:
     page, text = ((finished.parent / "results" / name).read_text() for name in ("report.html", "results.md"))
     titles = (
-        "image AUROC", "pixel AUPRO", "Cost of training", "Inference side by side", "Time of one image by operation",
-        "What differs",
+        "image AUROC", "pixel AUPRO", "Shift of the responses", "Cost of training", "Inference side by side",
+        "Time of one image by operation", "What differs",
     )  # fmt: skip
     for content in (page, text):
         for title in titles:
