@@ -75,7 +75,7 @@ test-mvtec: $(VENV)/installed
 test-kill: $(VENV)/installed
 	$(BIN)/pytest -m kill -s
 
-# Twenty thousand training images, large validation images, a week of `watch` in small: time and memory; half an hour.
+# Twenty thousand training images, large validation images, a week of `watch` in small: time and memory; fifty minutes.
 test-load: $(VENV)/installed
 	$(BIN)/pytest -m load -s
 
