@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import PIL
 import pytest
 import tifffile
 from anomalib.data.utils import read_image
@@ -70,6 +71,8 @@ LIKE_ENGINE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("name", LIKE_ENGINE)
 def test_files_are_read_as_engine_reads_them(name: str, tmp_path: Path) -> None:
+    if name == "ycbcr.tif" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow reads YCbCr without compression from version 13 on, which needs Python 3.11.")
     write, note = LIKE_ENGINE[name]
     write(tmp_path / name)
     image, notes = read(tmp_path / name)
