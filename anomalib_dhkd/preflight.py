@@ -74,7 +74,7 @@ class Preflight(Callback):
             return
         found = unreadable([*self.files, *_predicted(trainer)])
         if found and found not in str(exception):
-            exception.args = (f"{found}\n{exception}",)
+            exception.args = (f"{exception}\n{found}",)  # last, where the end of a traceback is read
 
 
 def check_given(model: type, arguments: Mapping[str, Any]) -> None:

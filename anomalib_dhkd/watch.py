@@ -116,6 +116,7 @@ class Lines:
 
     Attributes:
         done (set): Keys of the items that have a line.
+        written (int): Lines that were added.
 
     Args:
         path (Path): The file.
@@ -149,6 +150,7 @@ class Lines:
         if rest:
             logger.warning("The last line of %s was half-written; its image is done again.", path)
             os.truncate(path, complete)
+        self.written = 0
         self._file = path.open("a", buffering=1)  # each line is flushed
         self._lock = threading.Lock()
 
@@ -156,6 +158,7 @@ class Lines:
         """Add a line."""
         with self._lock:
             self._file.write(json.dumps(record) + "\n")
+            self.written += 1
 
 
 def heat_map_path(folder: Path, file: str) -> Path:
@@ -256,9 +259,11 @@ def watch(
             items = in_folder(source, settle, lines.done, stop)
         else:
             items = captured(source, lines.done, stop)
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of each change
         logger.info("Watching %s with %d requests of model %s.", source, detector.size, detector.hash)
         threads = 2 * detector.size  # as many read and write as wait for the model
         in_threads(partial(detect, detector=detector, lines=lines, heat_maps=heat_maps), items, threads, stop)
+        logger.info("Ended after %d images, whose lines are in %s.", lines.written, output)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -218,6 +218,9 @@ def test_command_watches_ends_and_goes_on(exported: Exported, source: Path, tmp_
         process.send_signal(signal.SIGTERM)
         text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, text
+    told = re.sub(r"\s+(watch.py:\d+)?\s*", " ", text)
+    assert "Ended after 5 images" in told
+    assert "change detected" not in told
     lines = _lines(output)
     assert lines[-1]["file"] == "c/slow.png"
     assert lines[-1]["score"] == next(line["score"] for line in lines if line["file"] == "a/000.png")
