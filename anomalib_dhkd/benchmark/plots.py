@@ -43,9 +43,10 @@ def plot_quality_and_latency(results: pd.DataFrame, latencies: pd.DataFrame, cha
     models = means.index.intersection(latency.index, sort=False)
     for axis, metric in zip(axes, AXES, strict=True):
         sets = mean_over_data(changed, metric).filter(like=", mean") if metric in changed else pd.DataFrame()
+        sets = sets.reindex(models)
         # The first model is on top of others that are as fast.
         for order, (model, colour) in enumerate(zip(models, cycle(COLOURS), strict=False)):
-            values = [means.loc[model, metric], *sets.reindex(models).loc[model]]
+            values = [means.loc[model, metric], *sets.loc[model]]
             style: Any = {"color": colour, "zorder": 3 - order / len(models)}
             axis.plot([latency[model]] * len(values), values, "-", **style)
             for value, marker in zip(values, MARKERS, strict=False):

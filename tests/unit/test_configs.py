@@ -51,6 +51,13 @@ def test_dhkd_yaml_lists_all_defaults() -> None:
     assert list(written.items()) == list(defaults.items())
 
 
+def test_the_paper_is_measured_as_it_is_trained() -> None:
+    trained, measured = (
+        yaml.safe_load((REPOSITORY / "configs" / name / "paper.yaml").read_text()) for name in ("model", "benchmark")
+    )
+    assert measured["benchmark"]["model"]["grid"][0]["init_args"] == trained["model"]["init_args"]
+
+
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
 def test_jobs_of_a_benchmark_parse(path: Path, tmp_path: Path) -> None:
     config = yaml.safe_load(path.read_text())
