@@ -17,6 +17,8 @@ from .moments import mean_and_variance, moments
 
 NEIGHBOURHOOD = 3
 """Rows and columns of a neighbourhood, over which features are averaged."""
+PORTION = 2
+"""Images that a CPU extracts at a time; what a layer makes of more doesn't fit its caches and takes twice as long."""
 
 
 class FeaturePyramid(nn.Module):
@@ -80,7 +82,12 @@ class FeaturePyramid(nn.Module):
         """
         # On a CPU, convolutions are several times faster in this memory format; it stays with the maps.
         images = ((images - self.image_mean) / self.image_std).contiguous(memory_format=torch.channels_last)
-        return self.backbone.forward_intermediates(images, indices=self.indices, intermediates_only=True)
+        whole = torch.compiler.is_exporting() or images.device.type != "cpu"
+        maps = [
+            self.backbone.forward_intermediates(portion, indices=self.indices, intermediates_only=True)
+            for portion in ([images] if whole else images.split(PORTION))
+        ]
+        return maps[0] if len(maps) == 1 else [torch.cat(scale) for scale in zip(*maps, strict=True)]
 
     def standardise(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Give each channel mean 0 and variance 1 over the training images.

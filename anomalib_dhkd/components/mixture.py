@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 
 import torch
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, kmeans_plusplus
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 MAX_VALUES = 20_000_000
 """Feature values at most that a mixture is fitted to; more would need more memory."""
+SEEDING_POSITIONS = 32
+"""Positions a Gaussian among which k-means looks for its first centres; all would take most of its time."""
 
 
 class FeatureMixture(nn.Module):
@@ -106,7 +108,9 @@ class FeatureMixture(nn.Module):
         self.cpu()  # where many small decompositions take less time
         size, _, channels = self.directions.shape
         rows, count = _choose(batches, MAX_VALUES // channels)
-        clusters = KMeans(min(size, len(rows)), n_init=1, max_iter=10, random_state=0).fit(rows.numpy())
+        some = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: SEEDING_POSITIONS * size]]
+        centres, _ = kmeans_plusplus(some.numpy(), min(size, len(rows)), random_state=0)
+        clusters = KMeans(len(centres), init=centres, n_init=1, max_iter=10, random_state=0).fit(rows.numpy())
         labels, means = torch.from_numpy(clusters.labels_).long(), torch.from_numpy(clusters.cluster_centers_)
         within = (rows - means[labels]).double()
         covariance = within.mT @ within / len(rows) + 1e-3 * torch.eye(channels, dtype=torch.float64)

@@ -83,6 +83,16 @@ def test_fit_standardises_each_channel_and_train_does_not_change_it() -> None:
     assert not any(parameter.requires_grad for parameter in pyramid.parameters())
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_images_have_the_same_features_in_a_batch_of_any_size(count: int) -> None:
+    pyramid = FeaturePyramid("efficientnet_lite0_bundled", ["blocks.2", "blocks.4"])
+    images = torch.rand(count, 3, 64, 64)
+    singly = [torch.cat(scale) for scale in zip(*map(pyramid.extract, images.split(1)), strict=True)]
+    for together, one_by_one in zip(pyramid.extract(images), singly, strict=True):
+        assert together.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(together, one_by_one)
+
+
 def test_the_backbone_normalises_images_its_own_way() -> None:
     pyramid = FeaturePyramid("resnet18", ["layer1"], pre_trained=False)
     assert pyramid.image_mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
