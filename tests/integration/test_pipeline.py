@@ -186,6 +186,12 @@ def test_several_devices(quickstart_root: Path, tmp_path: Path) -> None:
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False)
     engine.validate(model=trained, datamodule=datamodule)
     torch.testing.assert_close(trained.post_processor.image_threshold, expected)
+    # Batches differ, and so do the networks; what is found doesn't.
+    images = Quickstart(root=tmp_path / "images", num_train=7, num_test=12, num_workers=0)
+    found = [engine.test(model=Dhkd.load_from_checkpoint(path), datamodule=images)[0] for path in checkpoints]
+    for name in ("image_AUROC", "pixel_AUROC"):
+        assert found[0][name] > 0.8, found
+        assert [each[name] for each in found[1:]] == pytest.approx([found[0][name]] * 2, abs=0.02), found
 
 
 def test_help_is_readable(tmp_path: Path) -> None:
