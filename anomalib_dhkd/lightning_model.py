@@ -78,8 +78,8 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
         num_gaussians (int): Local Gaussians of each of the two mixtures over the features of all layers, plain and
             averaged ones. 0 switches them off. Defaults to ``384``.
         memory_size (int): Normal features that the nearest is looked for among; 0 for none. Defaults to ``512``.
-        image_score (str): What is read off the map: ``"mean"``, ``"max"``, ``"topk"``, the mean of its highest
-            hundredth, or ``"contrast"``, the same less a part of the mean, the default.
+        image_score (str): What is read off the map: ``"mean"``, ``"max"``, ``"topk"``, the mean of its highest hundredth,
+            or ``"contrast"``, the same less a part of the mean, the default.
         num_views (int): Changed views of each training image that are trained on, too; 0 for none. Defaults to ``3``.
         view_transform (nn.Module | None): Makes a view of an image of shape ``(1, 3, H, W)``, as transforms of kornia
             and torchvision do. Defaults to ``None``, for ``anomalib_dhkd.views.light_views``.

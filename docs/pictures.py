@@ -48,7 +48,7 @@ def draw_architecture(model: Dhkd) -> Figure:
     """Draw how an image goes through a model, with the model's own numbers.
 
     Args:
-        model (Dhkd): A model with teacher, student, mixtures and memory, trained or not.
+        model (Dhkd): A model with teacher, student and mixtures, trained or not.
     """
     network: Any = model.model
     arguments: Any = model.hparams
@@ -62,8 +62,7 @@ def draw_architecture(model: Dhkd) -> Figure:
     ]
     pixels = f"{image_size[0]} x {image_size[1]} pixels"
     middle = 164 + 14 * len(maps)
-    bottom = middle + 330
-    height = bottom + 198
+    height = middle + 458
     figure = Figure(figsize=(380 / 72, height / 72))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 380), ylim=(height, 0))  # in points, from the left and the top
     axes.axis("off")
@@ -78,17 +77,17 @@ def draw_architecture(model: Dhkd) -> Figure:
     ):
         _arrow(axes, (left + 86, middle), (left + 86, middle + 22))
         _half(axes, (left, middle + 22), title, model, layers, mixture)
-        _arrow(axes, (left + 86, bottom), (left + 86, bottom + 22))
+        _arrow(axes, (left + 86, middle + 260), (left + 86, middle + 282))
     calibration = "log of each distance, less its mean, by its deviation\nover the training images and their views"
-    _box(axes, (10, bottom + 22, 360, 56), FITTED, f"Calibration\n{calibration}")
-    _box(axes, (10, bottom + 100, 145, 56), PLAIN, f"Heat map\nsum with the weights above\n{pixels}")
-    _box(axes, (200, bottom + 100, 170, 56), PLAIN, f"Image score\n{SCORES[network.anomaly_map_generator.image_score]}")
+    _box(axes, (10, middle + 282, 360, 56), FITTED, f"Calibration\n{calibration}")
+    _box(axes, (10, middle + 360, 145, 56), PLAIN, f"Heat map\nsum with the weights above\n{pixels}")
+    _box(axes, (200, middle + 360, 170, 56), PLAIN, f"Image score\n{SCORES[network.anomaly_map_generator.image_score]}")
 
     for start, end in (
         ((83, 52), (83, 74)),
         ((190, 116), (190, 138)),
-        ((83, bottom + 78), (83, bottom + 100)),
-        ((155, bottom + 128), (200, bottom + 128)),
+        ((83, middle + 338), (83, middle + 360)),
+        ((155, middle + 388), (200, middle + 388)),
     ):
         _arrow(axes, start, end)
     for start, end in (((155, 31), (200, 31)), ((285, 52), (285, 74))):
@@ -99,17 +98,17 @@ def draw_architecture(model: Dhkd) -> Figure:
         (178, 0, TRAINED, f"trained, {arguments['train_steps']} steps, teacher first"),
         (178, 1, TRAINING, "in training only"),
     ):
-        _box(axes, (column, bottom + 168 + 15 * row, 16, 10), style)
-        _text(axes, column + 22, bottom + 173 + 15 * row, meaning, ha="left")
+        _box(axes, (column, middle + 428 + 15 * row, 16, 10), style)
+        _text(axes, column + 22, middle + 433 + 15 * row, meaning, ha="left")
     return figure
 
 
 def _half(axes: Axes, corner: tuple[float, float], title: str, model: Dhkd, layers: list[str], mixture: str) -> None:
-    """Draw what sees the features in one form: teacher and student of some layers, a mixture, plain ones' memory."""
+    """Draw what sees the features in one form: teacher and student of some layers, and a mixture over all layers."""
     left, top = corner
     network: Any = model.model
     shares = network.anomaly_map_generator.weights
-    _box(axes, (left, top, 173, 308), PLAIN)
+    _box(axes, (left, top, 173, 238), PLAIN)
     _text(axes, left + 86, top + 15, title, bold=True)
     if layers:
         students = dict(zip(network.layers, network.students, strict=True))
@@ -129,10 +128,6 @@ def _half(axes: Axes, corner: tuple[float, float], title: str, model: Dhkd, laye
     _box(axes, (left + 8, top + 152, 157, 56), FITTED, text)
     _text(axes, left + 8, top + 222, "distance to nearest", ha="left")
     _text(axes, left + 165, top + 222, _percent(shares[mixture]), bold=True, ha="right")
-    if mixture == "mixture":
-        _box(axes, (left + 8, top + 238, 157, 42), FITTED, f"Memory\n{len(network.memory.kept)} features")
-        _text(axes, left + 8, top + 293, "distance to nearest", ha="left")
-        _text(axes, left + 165, top + 293, _percent(shares["memory"]), bold=True, ha="right")
 
 
 def _percent(share: float) -> str:

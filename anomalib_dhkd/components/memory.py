@@ -11,8 +11,6 @@ from .features import choose, join
 
 CANDIDATES = 30_000
 """Positions at most that the memory is chosen from; more take longer and find no more."""
-LEAST = 0.01
-"""Least distance. Without it, the logarithm of what a kept position has to itself would outweigh all others."""
 
 
 class FeatureMemory(nn.Module):
@@ -40,27 +38,27 @@ class FeatureMemory(nn.Module):
             features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a scale.
 
         Returns:
-            torch.Tensor: Squared distance, mean over channels, at least 0.01, of shape ``(B, 1, h, w)`` with the
-                coarsest scale's ``h`` and ``w``.
+            torch.Tensor: Squared distance, mean over channels, of shape ``(B, 1, h, w)`` with the coarsest scale's
+                ``h`` and ``w``.
         """
         rows = join(features)
         nearest = (self.kept.square().sum(dim=1) - 2 * rows @ self.kept.mT).amin(dim=1) + rows.square().sum(dim=1)
         batch, _, height, width = features[-1].shape
-        return nearest.div(rows.shape[1]).clamp_min(LEAST).reshape(batch, 1, height, width)
+        return nearest.clamp_min(0).reshape(batch, 1, height, width) / rows.shape[1]
 
     @torch.no_grad()
     def fit(self, batches: Iterable[list[torch.Tensor]]) -> None:
-        """Choose anew what is kept: of few positions half, so that the others say how far apart normal ones are.
+        """Choose anew what is kept.
 
         Args:
             batches (Iterable[list[torch.Tensor]]): Standardised features of the training images.
         """
         rows, _ = choose(batches, CANDIDATES)
         squares = rows.square().sum(dim=1)
-        chosen = rows.new_zeros(max(1, min(len(self.kept), len(rows) // 2)), dtype=torch.long)
+        chosen = rows.new_zeros(len(self.kept), dtype=torch.long)
         nearest = torch.full_like(squares, torch.inf)
         for number in range(1, len(chosen)):
             last = rows[chosen[number - 1]]
             nearest = nearest.minimum(squares + last.square().sum() - 2 * rows @ last)
             chosen[number] = nearest.argmax()
-        self.kept.copy_(rows[chosen.repeat(-(-len(self.kept) // len(chosen)))[: len(self.kept)]])
+        self.kept.copy_(rows[chosen])

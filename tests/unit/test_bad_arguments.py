@@ -29,7 +29,7 @@ LEAST = {
     "train_steps": 2,
     "cache_limit": 0,
 }
-WHOLE = {"width", "flow_steps", "student_blocks", "num_gaussians", "memory_size", "num_views", "train_steps"}
+WHOLE = {"width", "flow_steps", "student_blocks", "num_gaussians", "num_views", "train_steps"}
 WRONG = {
     **{name: ["many", 1.5, None, [1]] for name in sorted(WHOLE)},
     "noise_std": ["much", None],
@@ -102,7 +102,6 @@ def test_missing_files_are_named(quickstart: Quickstart, tmp_path: Path) -> None
     noise_std=st.sampled_from([0.0, 0.2]),
     affinity_weight=st.sampled_from([0.0, 1.0]),
     num_gaussians=st.sampled_from([0, 2, 20]),
-    memory_size=st.sampled_from([0, 1, 20]),
     image_score=st.sampled_from(["mean", "max", "topk", "contrast"]),
     num_views=st.integers(0, 2),
     cache_limit=st.sampled_from([None, 0.0, 2.0]),

@@ -25,7 +25,6 @@ from tests.helpers import fit, small_dhkd
         ("affinity_weight", -1.0),
         ("num_gaussians", 1),
         ("num_gaussians", -2),
-        ("memory_size", -1),
         ("image_score", "median"),
         ("num_views", -1),
         ("train_steps", 1),
@@ -44,7 +43,7 @@ def test_a_model_needs_teacher_or_student() -> None:
 
 def test_arguments_are_few() -> None:
     parameters = list(inspect.signature(Dhkd).parameters)
-    assert len(parameters) <= 21
+    assert len(parameters) <= 20
     assert parameters[-4:] == ["pre_processor", "post_processor", "evaluator", "visualizer"]
 
 

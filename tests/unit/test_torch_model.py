@@ -40,11 +40,7 @@ def test_any_image_size(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "shares"),
-    [
-        ({}, {"coarse": 1.0 - 0.1 / 0.3, "fine": 0.1 / 0.3}),
-        ({"num_gaussians": 8}, {"coarse": 0.5, "fine": 0.5}),
-        ({"num_gaussians": 8, "memory_size": 8}, {"coarse": 0.5 / 1.5, "fine": 1.0 / 1.5}),
-    ],
+    [({}, {"coarse": 1.0 - 0.1 / 0.3, "fine": 0.1 / 0.3}), ({"num_gaussians": 8}, {"coarse": 0.5, "fine": 0.5})],
 )
 def test_the_map_is_the_mean_of_its_halves(changes: dict[str, int], shares: dict[str, float]) -> None:
     model = _model(**changes).eval()
@@ -103,8 +99,8 @@ def test_without_student_the_map_is_the_teachers() -> None:
     torch.testing.assert_close(model(images).anomaly_map, model.anomaly_map_generator(maps, (64, 64)).anomaly_map)
 
 
-def test_the_map_is_made_of_networks_mixtures_and_memory() -> None:
-    model = _model(num_gaussians=8, memory_size=8, image_score="mean").eval()
+def test_the_map_is_made_of_networks_and_mixtures() -> None:
+    model = _model(num_gaussians=8, image_score="mean").eval()
     images = torch.rand(2, 3, 64, 64)
     features = model.features(images)
     averaged = average(features)
@@ -112,30 +108,27 @@ def test_the_map_is_made_of_networks_mixtures_and_memory() -> None:
     pairs = zip(responses.teacher, responses.student, strict=True)
     fine, coarse = ((teacher - student).square().mean(dim=1, keepdim=True) for teacher, student in pairs)
     plain, smooth = model.mixtures["mixture"](features), model.mixtures["averaged_mixture"](averaged)
-    assert model.memory is not None
-    nearest = model.memory(features)
-    assert coarse.shape == plain.shape == smooth.shape == nearest.shape == (2, 1, 4, 4)
-    mixtures = {"mixture": plain, "averaged_mixture": smooth}
-    expected = {"blocks.2": fine, "blocks.4": coarse, **mixtures, "memory": nearest}
+    assert coarse.shape == plain.shape == smooth.shape == (2, 1, 4, 4)
+    expected = {"blocks.2": fine, "blocks.4": coarse, "mixture": plain, "averaged_mixture": smooth}
     torch.testing.assert_close(model.distances(responses), expected)
-    coarse_part = 0.2 * coarse.log() + 0.4 * plain.log() + 0.3 * smooth.log() + 0.5 * nearest.log()
-    fused = (0.1 * fine.log() + F.interpolate(coarse_part, size=(8, 8), mode="bicubic")) / 1.5
+    coarse_part = 0.2 * coarse.log() + 0.4 * plain.log() + 0.3 * smooth.log()
+    fused = 0.1 * fine.log() + F.interpolate(coarse_part, size=(8, 8), mode="bicubic")
     output = model(images)
     expected_map = F.interpolate(fused, size=(64, 64), mode="bilinear")
     torch.testing.assert_close(output.anomaly_map, expected_map, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output.pred_score, fused.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
 
 
-def test_a_single_scale_has_teacher_student_mixtures_and_memory() -> None:
-    model = _model(layers=["blocks.4"], num_gaussians=8, memory_size=8).eval()
+def test_a_single_scale_has_teacher_student_and_mixtures() -> None:
+    model = _model(layers=["blocks.4"], num_gaussians=8).eval()
     features = model.features(torch.rand(2, 3, 64, 64))
     shapes = {name: distance.shape for name, distance in model.distances(model.respond(features)).items()}
-    assert shapes == dict.fromkeys(("blocks.4", "mixture", "averaged_mixture", "memory"), (2, 1, 4, 4))
+    assert shapes == dict.fromkeys(("blocks.4", "mixture", "averaged_mixture"), (2, 1, 4, 4))
 
 
-@pytest.mark.parametrize(("num_gaussians", "memory_size"), [(0, 0), (0, 8), (8, 8)])
-def test_calibration_on_the_training_images(num_gaussians: int, memory_size: int) -> None:
-    model = _model(num_gaussians=num_gaussians, memory_size=memory_size).train()
+@pytest.mark.parametrize("num_gaussians", [0, 8])
+def test_calibration_on_the_training_images(num_gaussians: int) -> None:
+    model = _model(num_gaussians=num_gaussians).train()
     features = model.features(torch.rand(6, 3, 64, 64))
     model.calibrate(lambda: [features])
     assert model.training
@@ -145,8 +138,6 @@ def test_calibration_on_the_training_images(num_gaussians: int, memory_size: int
     torch.testing.assert_close(generator.log_mean, torch.stack([log.mean() for log in logs]), rtol=1e-3, atol=1e-3)
     for mixture in model.mixtures.values():
         assert mixture.means.abs().sum() > 0
-    if model.memory:
-        assert len(model.memory.kept.unique(dim=0)) == memory_size
 
 
 def test_without_frequency_branch_no_transform_is_left() -> None:
@@ -164,7 +155,7 @@ def test_the_place_matters() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_torch_compile_gives_the_same() -> None:
-    model = _model(num_gaussians=8, memory_size=8).eval()
+    model = _model(num_gaussians=8).eval()
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         expected, actual = model(images), torch.compile(model, fullgraph=True)(images)
