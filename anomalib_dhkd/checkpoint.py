@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 KEY = "dhkd_arguments"
 """Where in a checkpoint the model's arguments are, and the class of its pre-processor."""
-ADDED: dict[str, Any] = {"memory_size": 0}
-"""Arguments that came after version 0.2.0, with what they are in a checkpoint that lacks them."""
 FREE = {"train_steps", "cache_limit", "seed"}
 """Arguments that may differ from the checkpoint's, of which a model that is trained needs none."""
 SETTINGS: dict[str, Any] = {
@@ -107,12 +105,7 @@ class CheckpointMixin(AnomalibModule):
         """
         saved = checkpoint.get(KEY) or _plain(checkpoint["hyper_parameters"])
         stage = stage_of(self)
-        lacking = ADDED.keys() - saved.keys()
-        saved = ADDED | saved
-        conflicts = [
-            *self._conflicts(saved, stage, {"weights"} | lacking),
-            *self._conflicts_of_pre_processor(checkpoint, stage),
-        ]
+        conflicts = [*self._conflicts(saved, stage), *self._conflicts_of_pre_processor(checkpoint, stage)]
         has_one = checkpoint.get("anomalib_components_enabled", {}).get("post_processor", True)
         if stage and (self.post_processor is not None) != has_one:
             # The trainer has the model's among its callbacks already; without thresholds it would label every image.
@@ -121,7 +114,7 @@ class CheckpointMixin(AnomalibModule):
             rest = "." if stage in {None, TrainerFn.FITTING} else "; what isn't given is taken from the checkpoint."
             raise ValueError("; ".join(conflicts) + rest)
         arguments = {name: saved[name] for name in self.hparams if name in saved}
-        if (lacking or stage is not None) and stage != TrainerFn.FITTING and arguments != _plain(self.hparams):
+        if stage not in {None, TrainerFn.FITTING} and arguments != _plain(self.hparams):
             self.hparams.update(arguments)
             self.build()
         given = {
@@ -140,8 +133,8 @@ class CheckpointMixin(AnomalibModule):
         for name, value in given.items():
             setattr(self.post_processor, name, value)
 
-    def _conflicts(self, saved: dict[str, Any], stage: TrainerFn | None, yielding: set[str]) -> list[str]:
-        """Return what contradicts the checkpoint's arguments; defaults of those that yield never do."""
+    def _conflicts(self, saved: dict[str, Any], stage: TrainerFn | None) -> list[str]:
+        """Return what contradicts the checkpoint's arguments."""
         inferring = stage not in {None, TrainerFn.FITTING}
         own = _plain(self.hparams_initial if inferring else self.hparams)
         defaults = _plain({name: value.default for name, value in inspect.signature(type(self)).parameters.items()})
@@ -150,7 +143,7 @@ class CheckpointMixin(AnomalibModule):
             for name, value in own.items()
             if name in saved.keys() - FREE
             and value != saved[name]
-            and not ((inferring or name in yielding) and value == defaults.get(name))
+            and not ((inferring or name == "weights") and value == defaults.get(name))
         ]
 
     def _conflicts_of_pre_processor(self, checkpoint: dict[str, Any], stage: TrainerFn | None) -> list[str]:

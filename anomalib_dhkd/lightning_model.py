@@ -55,8 +55,9 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
 
     The teacher is trained first, then the student on the frozen teacher, in one ``fit``. Training ends by itself after
     ``train_steps`` optimiser steps, rounded up to whole epochs. The trainer's ``max_epochs`` and ``max_steps`` can only
-    shorten it, both phases in proportion (``anomalib_dhkd.resume.TrainingEnd``). The model is calibrated before each
-    validation: once, at the end, unless ``check_val_every_n_epoch`` is above 1 or ``val_check_interval`` is given.
+    shorten it; both phases then shrink in proportion. The model is calibrated before each validation, which sets
+    threshold and normalisation: once, at the end, unless ``check_val_every_n_epoch`` is above 1 or
+    ``val_check_interval`` is given. See ``anomalib_dhkd.resume.TrainingEnd`` for trainings that are cut short.
 
     Args:
         backbone (str): Name of a timm model. The weights of ``efficientnet_lite0_bundled`` are installed with this
@@ -77,9 +78,8 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
         affinity_weight (float): Weight of the teacher-student affinity loss. Defaults to ``0.0``, by measurement.
         num_gaussians (int): Local Gaussians of each of the two mixtures over the features of all layers, plain and
             averaged ones. 0 switches them off. Defaults to ``384``.
-        memory_size (int): Normal features that the nearest is looked for among; 0 for none. Defaults to ``512``.
-        image_score (str): What is read off the map: ``"mean"``, ``"max"``, ``"topk"``, the mean of its highest hundredth,
-            or ``"contrast"``, the same less a part of the mean, the default.
+        image_score (str): How the image score is read off the map: ``"mean"``, ``"max"``, ``"topk"``, the mean of the
+            highest hundredth of its positions, or ``"contrast"``, the same less a part of the mean, the default.
         num_views (int): Changed views of each training image that are trained on, too; 0 for none. Defaults to ``3``.
         view_transform (nn.Module | None): Makes a view of an image of shape ``(1, 3, H, W)``, as transforms of kornia
             and torchvision do. Defaults to ``None``, for ``anomalib_dhkd.views.light_views``.
@@ -111,7 +111,6 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
         noise_std: float = 0.2,
         affinity_weight: float = 0.0,
         num_gaussians: int = 384,
-        memory_size: int = 512,
         image_score: Literal["mean", "max", "topk", "contrast"] = "contrast",
         num_views: int = 3,
         view_transform: nn.Module | None = None,
@@ -257,7 +256,7 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
         return {"loss": loss}
 
     def calibrate(self) -> None:
-        """Fit mixtures, memory and the statistics of the distances to the training images, as the networks are now."""
+        """Fit the mixtures and the statistics of the distances to the training images, as the networks are now."""
         batches = self.feature_cache.batches
         self.model.calibrate(lambda: map(self.model.features.standardise, batches(self.trainer, self)))
         self.calibrated_step = self.trainer.global_step

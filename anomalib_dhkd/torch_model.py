@@ -19,7 +19,6 @@ from torch import nn
 
 from .anomaly_map import AnomalyMapGenerator, resize
 from .components.features import FeaturePyramid, average
-from .components.memory import FeatureMemory
 from .components.mixture import FeatureMixture
 from .components.noise import add_region_noise
 from .components.student import DenoisingStudent
@@ -34,8 +33,6 @@ Their weights in the map, beside those of teachers and students; all are scaled 
 """
 FINER, COARSEST = 0.1, 0.2
 """Weights of teacher and student at all finer layers together, and at the coarsest one."""
-MEMORY = 0.5
-"""Weight of the distance to the nearest feature in memory."""
 
 
 class Responses(NamedTuple):
@@ -54,7 +51,7 @@ class Responses(NamedTuple):
 
 
 class DhkdModel(nn.Module):
-    """Frozen features, flow teacher, denoising student, mixtures, memory and the anomaly map of their distances.
+    """Frozen features, flow teacher, denoising student and the anomaly map of their differences.
 
     Args:
         backbone (str): See ``anomalib_dhkd.components.features.FeaturePyramid``.
@@ -68,7 +65,6 @@ class DhkdModel(nn.Module):
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
         num_gaussians (int): Local Gaussians of each mixture over the features of all layers; 0 for no mixtures.
-        memory_size (int): Features of normal positions that the nearest is looked for among; 0 for none.
         image_score (str): See ``anomalib_dhkd.anomaly_map.AnomalyMapGenerator``.
         pre_trained (bool): Load the backbone's ImageNet weights. Defaults to ``True``.
 
@@ -87,7 +83,6 @@ class DhkdModel(nn.Module):
         frequency_branch: bool,
         noise_std: float,
         num_gaussians: int,
-        memory_size: int,
         image_score: str,
         pre_trained: bool = True,
     ) -> None:
@@ -99,7 +94,6 @@ class DhkdModel(nn.Module):
             ("student_blocks", student_blocks, "above 0 when flow_steps is 0", student_blocks > 0 or flow_steps > 0),
             ("noise_std", noise_std, "at least 0", noise_std >= 0),
             ("num_gaussians", num_gaussians, "0 or at least 2", num_gaussians == 0 or num_gaussians >= 2),
-            ("memory_size", memory_size, "at least 0", memory_size >= 0),
             ("image_score", image_score, f"one of {scores}", image_score in scores),
         ):
             if not valid:
@@ -112,7 +106,6 @@ class DhkdModel(nn.Module):
         self.mixtures: Any = nn.ModuleDict(
             {name: FeatureMixture(channels, num_gaussians) for name in MIXTURES} if num_gaussians else {}
         )
-        self.memory = FeatureMemory(channels, memory_size) if memory_size else None
         self.layers = list(layers)
         widths = [math.ceil(width * channels / self.features.channels[0]) for channels in self.features.channels]
         networks = list(zip(self.features.channels, widths, strict=True))
@@ -133,7 +126,6 @@ class DhkdModel(nn.Module):
         )
         weights_of_maps = dict.fromkeys(layers[:-1], FINER / max(1, len(layers) - 1)) | {layers[-1]: COARSEST}
         weights_of_maps |= {name: MIXTURES[name] for name in self.mixtures}
-        weights_of_maps |= {"memory": MEMORY} if self.memory else {}
         total = sum(weights_of_maps.values())
         shares = {name: weight / total for name, weight in weights_of_maps.items()}
         self.anomaly_map_generator = AnomalyMapGenerator(shares, image_score)
@@ -191,22 +183,20 @@ class DhkdModel(nn.Module):
         return Responses(features, latents, predictions)
 
     def distances(self, responses: Responses) -> dict[str, torch.Tensor]:
-        """Compute how anomalous each position is: how far teacher and student differ, how far what is normal is.
+        """Compute how anomalous each position is: how far teacher and student differ, how far the mixtures are.
 
         Args:
             responses (Responses): See ``respond``.
 
         Returns:
             dict[str, torch.Tensor]: Means over channels of squared distances, a map of shape ``(B, 1, h, w)`` for each
-                layer, and for each mixture and the memory one of the coarsest layer's shape, by their names.
+                layer, and for each mixture one of the coarsest layer's shape, by their names.
         """
         pairs = zip(self.layers, responses.teacher, responses.student, strict=True)
         distances = {layer: (teacher - student).square().mean(dim=1, keepdim=True) for layer, teacher, student in pairs}
         if self.mixtures:
             distances["mixture"] = self.mixtures["mixture"](responses.features)
             distances["averaged_mixture"] = self.mixtures["averaged_mixture"](average(responses.features))
-        if self.memory:
-            distances["memory"] = self.memory(responses.features)
         return distances
 
     def score(self, responses: Responses, image_size: tuple[int, int]) -> InferenceBatch:
@@ -259,7 +249,7 @@ class DhkdModel(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Callable[[], Iterable[list[torch.Tensor]]]) -> None:
-        """Fit what is not trained by gradients: mixtures and memory, then the statistics of the distances.
+        """Fit what is not trained by gradients: the mixtures, then the statistics of the distances.
 
         Args:
             batches (Callable[[], Iterable[list[torch.Tensor]]]): Gives the standardised features of the training
@@ -270,7 +260,5 @@ class DhkdModel(nn.Module):
         if self.mixtures:
             self.mixtures["mixture"].fit(batches())
             self.mixtures["averaged_mixture"].fit(map(average, batches()))
-        if self.memory:
-            self.memory.fit(batches())
         self.anomaly_map_generator.fit(self.distances(self.respond(features)) for features in batches())
         self.train(training)

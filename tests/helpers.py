@@ -27,7 +27,6 @@ SMALL: dict[str, Any] = {
     "student_blocks": 1,
     "frequency_branch": True,
     "num_gaussians": 16,
-    "memory_size": 16,
 }
 """Arguments of a network that trains in a moment; every part of it is on."""
 

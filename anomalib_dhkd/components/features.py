@@ -141,44 +141,6 @@ def average(features: list[torch.Tensor]) -> list[torch.Tensor]:
     return [F.avg_pool2d(feature, NEIGHBOURHOOD, 1, padding, count_include_pad=False) for feature in features]
 
 
-def join(features: list[torch.Tensor]) -> torch.Tensor:
-    """Join all scales on the grid of the coarsest.
-
-    Args:
-        features (list[torch.Tensor]): A map of shape ``(B, C, h, w)`` a layer.
-
-    Returns:
-        torch.Tensor: One row a position, of shape ``(B * h * w, C)`` with the channels of all layers.
-    """
-    size = features[-1].shape[-2:]
-    joined = [F.interpolate(feature, size=size, mode="bilinear") for feature in features[:-1]]
-    return torch.cat([*joined, features[-1]], dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def choose(batches: Iterable[list[torch.Tensor]], limit: int) -> tuple[torch.Tensor, int]:
-    """Choose positions of many images, so that they take no more memory than those of few.
-
-    Args:
-        batches (Iterable[list[torch.Tensor]]): Features of the training images.
-        limit (int): Positions at most.
-
-    Returns:
-        tuple[torch.Tensor, int]: What :func:`join` makes of them, each position as likely as any other, and the number
-            of all positions.
-    """
-    rows, keys, count = torch.empty(0), torch.empty(0), 0
-    generator = torch.Generator().manual_seed(0)  # the same on several devices
-    for features in batches:
-        new = join(features).cpu()
-        count += len(new)
-        rows = torch.cat([rows, new]) if len(rows) else new
-        keys = torch.cat([keys, torch.rand(len(new), generator=generator)])
-        if len(rows) > limit:
-            kept = keys.topk(limit).indices
-            rows, keys = rows[kept], keys[kept]
-    return rows, count
-
-
 def _layer_indices(backbone: str, layers: Sequence[str]) -> list[int]:
     """Return where timm lists the layers; raise ``ValueError`` unless the backbone and every layer exist."""
     if not timm.is_model(get_arch_name(backbone)):

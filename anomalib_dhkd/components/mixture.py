@@ -10,7 +10,6 @@ from sklearn.cluster import KMeans, kmeans_plusplus
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from .features import choose, join
 from .seeding import seeded
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class FeatureMixture(nn.Module):
             torch.Tensor: Squared Mahalanobis distance, mean over channels, of shape ``(B, 1, h, w)`` with the coarsest
                 scale's ``h`` and ``w``.
         """
-        rows = join(features) @ self.whitening
+        rows = _rows(features) @ self.whitening
         distances, _ = self._candidates(rows)
         batch, _, height, width = features[-1].shape
         return distances.amin(dim=0).reshape(batch, 1, height, width) / rows.shape[1]
@@ -77,7 +76,7 @@ class FeatureMixture(nn.Module):
         Returns:
             torch.Tensor: Indices of Gaussians, of shape ``(B, h, w)``.
         """
-        distances, indices = self._candidates(join(features) @ self.whitening)
+        distances, indices = self._candidates(_rows(features) @ self.whitening)
         batch, _, height, width = features[-1].shape
         return indices.gather(0, distances.argmin(dim=0, keepdim=True)).reshape(batch, height, width)
 
@@ -108,7 +107,7 @@ class FeatureMixture(nn.Module):
         device = self.means.device
         self.cpu()  # where many small decompositions take less time
         size, _, channels = self.directions.shape
-        rows, count = choose(batches, MAX_VALUES // channels)
+        rows, count = _choose(batches, MAX_VALUES // channels)
         some = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: SEEDING_POSITIONS * size]]
         centres, _ = kmeans_plusplus(some.numpy(), min(size, len(rows)), random_state=0)
         clusters = KMeans(len(centres), init=centres, n_init=1, max_iter=10, random_state=0).fit(rows.numpy())
@@ -153,3 +152,25 @@ class FeatureMixture(nn.Module):
             self.other_variances[number] = others
             log_determinants[number] = own.log().sum() + (channels - rank) * others.log()
         return log_determinants
+
+
+def _rows(features: list[torch.Tensor]) -> torch.Tensor:
+    """Join all scales on the grid of the coarsest; the result has shape ``(B * h * w, C)``."""
+    size = features[-1].shape[-2:]
+    joined = [F.interpolate(feature, size=size, mode="bilinear") for feature in features[:-1]]
+    return torch.cat([*joined, features[-1]], dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _choose(batches: Iterable[list[torch.Tensor]], limit: int) -> tuple[torch.Tensor, int]:
+    """Return at most ``limit`` rows, each as likely as any other, and the number of all."""
+    rows, keys, count = torch.empty(0), torch.empty(0), 0
+    generator = torch.Generator().manual_seed(0)  # the same on several devices
+    for features in batches:
+        new = _rows(features).cpu()
+        count += len(new)
+        rows = torch.cat([rows, new]) if len(rows) else new
+        keys = torch.cat([keys, torch.rand(len(new), generator=generator)])
+        if len(rows) > limit:
+            kept = keys.topk(limit).indices
+            rows, keys = rows[kept], keys[kept]
+    return rows, count

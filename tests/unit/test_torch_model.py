@@ -21,7 +21,6 @@ ARGUMENTS = {
     "weights": None,
     "noise_std": 0.5,
     "num_gaussians": 0,
-    "memory_size": 0,
     "image_score": "topk",
 }
 
