@@ -77,10 +77,11 @@ def test_a_broken_training_image_is_named(
 ) -> None:
     broken = folder / "good" / "2.png"
     _truncate(broken)
-    with pytest.raises(OSError, match="image file is truncated") as error:
+    message = f"The image {broken} can't be read: image file is truncated"
+    with pytest.raises(OSError, match=message) as error:
         fit(_data(folder, num_workers=num_workers), tmp_path, small_dhkd(cache_limit=cache_limit))
     # The end of a traceback is what is read, and a worker process' error has another traceback before it.
-    assert str(error.value).splitlines()[-1].startswith(f"The image {broken} can't be read: image file is truncated")
+    assert str(error.value).splitlines()[-1].startswith(message)
 
 
 def test_a_broken_validation_image_is_named_before_training(folder: Path, tmp_path: Path) -> None:
