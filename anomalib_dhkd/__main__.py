@@ -8,6 +8,7 @@ The package is imported before this module runs, so the short names (``--model D
 ``config``.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.cli.pipelines import PIPELINE_REGISTRY
-from anomalib.loggers import configure_logger
 from jsonargparse import ActionConfigFile, ArgumentParser
+from rich.logging import RichHandler
 
 from anomalib_dhkd.benchmark.pipeline import Benchmark
 from anomalib_dhkd.configurations import configurations, print_configuration
@@ -91,7 +92,9 @@ def main() -> None:
     """Run the command line."""
     if PIPELINE_REGISTRY is not None:
         PIPELINE_REGISTRY["benchmark"] = Benchmark
-    configure_logger()
+    # anomalib's configure_logger adds this handler beside a plain one, and each line is written twice.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(rich_tracebacks=True)])
+    logging.getLogger("anomalib.cli.pipelines").setLevel(logging.ERROR)  # warns that anomalib's benchmark may go
     DhkdCLI()
 
 

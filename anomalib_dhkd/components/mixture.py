@@ -110,7 +110,7 @@ class FeatureMixture(nn.Module):
         rows, count = _choose(batches, MAX_VALUES // channels)
         some = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: SEEDING_POSITIONS * size]]
         centres, _ = kmeans_plusplus(some.numpy(), min(size, len(rows)), random_state=0)
-        clusters = KMeans(len(centres), init=centres, n_init=1, max_iter=10, random_state=0).fit(rows.numpy())
+        clusters = KMeans(len(centres), init=centres, n_init=1, max_iter=10).fit(rows.numpy())
         labels, means = torch.from_numpy(clusters.labels_).long(), torch.from_numpy(clusters.cluster_centers_)
         within = (rows - means[labels]).double()
         covariance = within.mT @ within / len(rows) + 1e-3 * torch.eye(channels, dtype=torch.float64)
