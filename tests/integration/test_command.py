@@ -61,7 +61,9 @@ def test_a_configuration_trains_without_a_file_of_it() -> None:
     assert config["model"]["init_args"].items() >= written["model"]["init_args"].items()
 
 
-def test_a_training_shows_each_line_once_and_no_warnings_of_other_packages(quickstart_root: Path, tmp_path: Path) -> None:
+def test_a_training_shows_each_line_once_and_no_warnings_of_other_packages(
+    quickstart_root: Path, tmp_path: Path
+) -> None:
     model = ["--model", "Dhkd", *(f"--model.{key}={value}" for key, value in SMALL.items()), "--model.train_steps=2"]
     data = ["--data", "Quickstart", "--data.root", str(quickstart_root), "--data.num_train=8", "--data.num_test=2"]
     command = [*DHKD, "train", *model, *data, "--data.num_workers=0"]

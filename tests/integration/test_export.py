@@ -253,14 +253,19 @@ def _convolutions(compiled: ov.CompiledModel, precision: str) -> int:
     return found.count(precision)
 
 
+@pytest.fixture(scope="module")
+def half(textures: Textures, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's file that may compute in half precision."""
+    folder = tmp_path_factory.mktemp("half")
+    engine = Engine(default_root_dir=folder)
+    return engine.export(textures.model, ExportType.OPENVINO, folder, compression_type=CompressionType.FP16)
+
+
 @pytest.mark.skipif(Version(version("openvino")) < Version("2026"), reason="OpenVINO reads precisions from 2026 on")
 @pytest.mark.parametrize("hint", ["bf16", "f16"])
-def test_files_keep_their_precision_on_every_processor(hint: str, textures: Textures, tmp_path: Path) -> None:
+def test_files_keep_their_precision_on_every_processor(hint: str, textures: Textures, half: Path) -> None:
     """Plain bright images: weights of the resize that are rounded draw stripes on them."""
     plain = (0.9 + np.random.default_rng(0).normal(0, 0.01, (4, 3, 250, 270))).clip(0, 1).astype(np.float32)
-    half = Engine(default_root_dir=tmp_path).export(
-        textures.model, ExportType.OPENVINO, tmp_path, compression_type=CompressionType.FP16
-    )
     found = []
     for path, tolerance in ((textures.files["openvino"], 5e-3), (half, 4e-2)):
         single, other = (

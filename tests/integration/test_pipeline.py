@@ -28,11 +28,17 @@ def _images(datamodule: Quickstart) -> torch.Tensor:
     return torch.stack([item.image for item in datamodule.test_data])
 
 
+@pytest.fixture(scope="module")
+def exported(trained_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[ExportType, Path]:
+    """Files of the trained model by their type; an export takes as long as some trainings."""
+    folder = tmp_path_factory.mktemp("exported")
+    engine, model = Engine(default_root_dir=folder), Dhkd.load_from_checkpoint(trained_checkpoint).eval()
+    return {each: engine.export(model, each, export_root=folder) for each in (ExportType.ONNX, ExportType.OPENVINO)}
+
+
 @pytest.mark.parametrize("export_type", [ExportType.ONNX, ExportType.OPENVINO])
-def test_export_agrees_with_torch(export_type: ExportType, trained: Trained, tmp_path: Path) -> None:
-    engine, model, datamodule, _ = trained
-    path = engine.export(model, export_type, export_root=tmp_path)
-    scores, maps = openvino_differences(path, model.eval(), _images(datamodule))
+def test_export_agrees_with_torch(export_type: ExportType, exported: dict[ExportType, Path], trained: Trained) -> None:
+    scores, maps = openvino_differences(exported[export_type], trained.model, _images(trained.datamodule))
     assert max(scores.max(), maps.max()) <= 1e-3
 
 
@@ -88,12 +94,12 @@ def test_false_alarm_threshold_and_sensitivity_are_exported(trained: Trained, tm
     assert sum(labels) < (expected.pred_score > 0.5).sum() == 5
 
 
-def test_openvino_inferencer(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_inferencer(
+    exported: dict[ExportType, Path], trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # the inferencer leaves a cache in the working directory
-    engine, model, datamodule, _ = trained
-    path = engine.export(model, ExportType.OPENVINO, export_root=tmp_path)
-    image_path = datamodule.test_data.samples.image_path[0]
-    prediction = OpenVINOInferencer(path).predict(image_path)
+    image_path = trained.datamodule.test_data.samples.image_path[0]
+    prediction = OpenVINOInferencer(exported[ExportType.OPENVINO]).predict(image_path)
     assert prediction.anomaly_map.squeeze().shape == (320, 320)
     assert 0 <= float(prediction.pred_score.squeeze()) <= 1
 
