@@ -12,10 +12,11 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.nn.functional import avg_pool2d
 from torchvision.transforms.v2 import ColorJitter, RandomHorizontalFlip, RandomResizedCrop
+from torchvision.transforms.v2.functional import resize
 
 from anomalib_dhkd import Dhkd, Quickstart
 from anomalib_dhkd.feature_cache import FeatureDataset
-from anomalib_dhkd.views import Views
+from anomalib_dhkd.views import RandomResizedNoise, Views
 from tests.helpers import fit, small_dhkd
 
 
@@ -44,6 +45,25 @@ def test_the_default_changes_light_and_keeps_the_picture() -> None:
         alike = torch.corrcoef(torch.stack([image.flatten(), view.flatten()]))[0, 1]
         assert alike > 0.3
         assert not torch.equal(view, image)
+
+
+@pytest.mark.parametrize("size", [384, 1024])
+def test_noise_is_as_a_resize_leaves_a_cameras(size: int) -> None:
+    """The same from pixel to pixel, whatever size the images had."""
+
+    def correlations(noise: torch.Tensor) -> list[float]:
+        """Return those of neighbours in a row and in a column, and of next but one."""
+        pairs = (
+            (noise[..., 1:], noise[..., :-1]),
+            (noise[..., 1:, :], noise[..., :-1, :]),
+            (noise[..., 2:], noise[..., :-2]),
+        )
+        return [float((one * other).mean() / noise.var()) for one, other in pairs]
+
+    cameras = resize(torch.randn(1, 3, size, size), [320, 320], antialias=True)
+    noise = RandomResizedNoise(std=0.05, p=1.0)(torch.zeros(1, 3, 320, 320))
+    assert noise.std().item() == pytest.approx(0.05, rel=0.02)
+    assert correlations(noise) == pytest.approx(correlations(cameras), abs=0.03)
 
 
 def test_some_views_move_the_picture() -> None:
