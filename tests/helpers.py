@@ -20,6 +20,8 @@ from lightning.pytorch import Callback
 from anomalib_dhkd import Dhkd, Quickstart
 
 REPOSITORY = Path(__file__).parents[1]
+PATIENCE = 600
+"""Seconds after which a test takes what it waits for to hang; on a machine with other work, a process starts in 60."""
 
 SMALL: dict[str, Any] = {
     "width": 8,

@@ -32,7 +32,7 @@ from anomalib_dhkd.benchmark.parity import FORMATS
 from anomalib_dhkd.benchmark.pipeline import Benchmark
 from anomalib_dhkd.benchmark.report import reported
 from anomalib_dhkd.benchmark.work import METRICS, load, measure_again, measure_inference, train_and_test
-from tests.helpers import SMALL, opened
+from tests.helpers import PATIENCE, SMALL, opened
 
 BACKBONE = {"backbone": "efficientnet_lite0_bundled", "layers": ["blocks.1", "blocks.2"]}
 MODELS = {
@@ -391,7 +391,7 @@ def test_killed_and_continued_by_two_workers(finished: Path, quickstart_root: Pa
     process.wait()
     (first,) = results.glob("jobs/*/result.json")
     before = first.stat().st_mtime_ns
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while _works_in(results):  # the job that ran ends with its parent
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -417,7 +417,7 @@ def test_dask_workers_give_the_same(finished: Path, quickstart_root: Path, tmp_p
             stack.callback(process.terminate)
 
         start("scheduler", "--host", "127.0.0.1", "--port", "0")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not file.exists():
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -441,7 +441,7 @@ def test_interrupt_keeps_what_is_finished(quickstart_root: Path, tmp_path: Path)
         time.sleep(0.1)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "goes on from the jobs finished" in output
     assert [path.parent.name.split("-")[0] for path in tmp_path.glob("results/jobs/*/result.json")] == [

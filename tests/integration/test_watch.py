@@ -27,11 +27,9 @@ from PIL import Image
 
 from anomalib_dhkd import Dhkd, Quickstart
 from anomalib_dhkd.watch import watch
-from tests.helpers import fit, small_dhkd
+from tests.helpers import PATIENCE, fit, small_dhkd
 
 pytestmark = pytest.mark.no_cover  # the models are exported first
-PATIENCE = 120
-"""Seconds after which a test stops waiting."""
 
 
 class Exported(NamedTuple):
