@@ -49,7 +49,7 @@ def test_distance_is_mahalanobis_to_the_nearest_of_the_three_likeliest(size: tup
 
 def test_fitted_to_clusters_it_knows_their_shapes() -> None:
     mixture = FeatureMixture(CHANNELS, 3, rank=2)
-    mixture.fit([_maps(_clusters(3072)) for _ in range(4)])
+    mixture.fit([_maps(_clusters(3072)) for _ in range(4)], floor=0)
     assert mixture(_maps(_clusters(3072))).mean().item() == pytest.approx(1, abs=0.1)
     centre = 10 * torch.eye(CHANNELS)[0]
     wide, narrow = centre.clone(), centre.clone()
@@ -60,6 +60,20 @@ def test_fitted_to_clusters_it_knows_their_shapes() -> None:
     assert distances == pytest.approx([0, 4 / 6, 64 / 6], rel=0.2, abs=0.1)
     between = _maps((10 / 3 * torch.eye(CHANNELS)[:3].sum(dim=0)).expand(16, -1))
     assert mixture(between).min() > 10
+
+
+def test_floor_counts_directions_that_hardly_vary_for_less() -> None:
+    spread = torch.tensor([1.0, 1, 1, 1, 1, 0.1])  # mean variance 5.01 / 6
+    rows = torch.randn(6400, CHANNELS) * spread
+    usual, rare = 3 * torch.eye(CHANNELS)[0], 3 * torch.eye(CHANNELS)[5]
+    ratios = []
+    for floor in (0.0, 0.25):
+        mixture = FeatureMixture(CHANNELS, 1, rank=1)
+        mixture.fit([_maps(rows)], floor=floor)
+        ratios.append((mixture(_maps(rare.expand(16, -1))).mean() / mixture(_maps(usual.expand(16, -1))).mean()).item())
+    # Variances of 1 against 0.01, and the 0.001 that is always added; with the floor's share of the mean added to both.
+    added = 0.25 * 5.01 / 6
+    assert ratios == pytest.approx([1 / 0.011, (1 + added) / (0.01 + added)], rel=0.15)
 
 
 def test_rare_positions_are_not_anomalous() -> None:
