@@ -2,13 +2,17 @@
 
 """Pictures of predictions whose names follow the images' paths."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from anomalib.loggers.base import ImageLoggerBase
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
+
+logger = logging.getLogger(__name__)
 
 
 class PathVisualizer(ImageVisualizer):
@@ -18,6 +22,8 @@ class PathVisualizer(ImageVisualizer):
     a data module's images keep these names, unless another image has had the name already. That one, and each image
     that comes from no data module, has its whole path below ``output_dir``: relative to the working directory, or to
     the file system's root if it lies elsewhere.
+
+    At the end of a prediction, the log says how many images are anomalous, and where the pictures are.
 
     anomalib's loggers (TensorBoard, MLflow, W&B, Comet) get the first picture of each folder of images, too.
 
@@ -37,6 +43,7 @@ class PathVisualizer(ImageVisualizer):
         super().__init__(**kwargs)
         self.images: dict[Path, Path] = {}
         self.logged: set[Path] = set()
+        self.verdicts: list[bool | None] = []
 
     def file_of(self, image_path: str | Path, datamodule: Any) -> Path:
         """Return where the picture of an image goes.
@@ -89,3 +96,47 @@ class PathVisualizer(ImageVisualizer):
                     name = file.relative_to(self.output_dir).as_posix()
                     for logger in loggers:
                         logger.add_image(np.asarray(picture), name, global_step=trainer.global_step)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin anew with the verdicts.
+
+        Args:
+            trainer (Trainer): Lightning trainer.
+            pl_module (Dhkd): Unused.
+        """
+        super().on_predict_start(trainer, pl_module)
+        self.verdicts = []
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Save the pictures of a batch, and note its verdicts.
+
+        Args:
+            trainer (Trainer): Lightning trainer.
+            pl_module (Dhkd): Unused.
+            outputs (Batch): Unused.
+            batch (ImageBatch): Images with predictions.
+            batch_idx (int): 0 for the first batch.
+            dataloader_idx (int): Unused.
+        """
+        super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        labels = batch.pred_label
+        self.verdicts += [None] * len(batch.image_path) if labels is None else labels.flatten().bool().tolist()
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say how many images are anomalous, and where the pictures are.
+
+        Args:
+            trainer (Trainer): Lightning trainer.
+            pl_module (Dhkd): Unused.
+        """
+        super().on_predict_end(trainer, pl_module)
+        counts = torch.tensor([len(self.verdicts), self.verdicts.count(True), self.verdicts.count(None)])
+        images, anomalous, unknown = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        logger.info(
+            "Predicted %d images%s. Pictures: %s",
+            images,
+            "" if unknown else f", {anomalous} of them anomalous",
+            self.output_dir,
+        )

@@ -31,10 +31,19 @@ def _written(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
 
 
-def test_predicted_pictures_follow_the_images_paths(trained: Trained, lines: Path, tmp_path: Path) -> None:
-    trained.engine.predict(model=trained.model, data_path=lines)
+def test_predicted_pictures_follow_the_images_paths(
+    trained: Trained, lines: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="anomalib_dhkd"):
+        batches = trained.engine.predict(model=trained.model, data_path=lines) or []
     (images,) = tmp_path.rglob("images")
     assert _written(images) == [f"lines/{name}" for name in LINES]
+    anomalous = sum(int(batch.pred_label.sum()) for batch in batches)
+    assert caplog.messages[-1] == f"Predicted 3 images, {anomalous} of them anomalous. Pictures: {images}"
+    trained.model.post_processor.enable_thresholding = False
+    with caplog.at_level("INFO", logger="anomalib_dhkd"):
+        trained.engine.predict(model=trained.model, data_path=lines)
+    assert caplog.messages[-1] == f"Predicted 3 images. Pictures: {images}"
 
 
 def test_a_line_a_run_overwrites_nothing(trained: Trained, lines: Path, tmp_path: Path) -> None:
