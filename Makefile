@@ -8,7 +8,7 @@ RESULTS := results/Dhkd/Quickstart/brick/latest
 CHANGED := results/changed_light
 RESULTS_OF_BENCHMARK ?= results/benchmark/quickstart
 
-.PHONY: quickstart test lint hooks test-mvtec test-kill test-load test-lowest test-wheel test-sdist browser site pictures notebooks format
+.PHONY: quickstart test lint hooks test-mvtec test-commands test-kill test-load test-lowest test-wheel test-sdist browser site pictures notebooks format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +70,10 @@ browser:
 # Train on real MVTec AD images (MVTEC_ROOT, default ../shared/data/mvtec_ad); a quarter of an hour on two cores.
 test-mvtec: $(VENV)/installed
 	$(BIN)/pytest -m mvtec -s
+
+# Run the shell blocks of README and docs one after the other, on real MVTec AD images where they ask for them; an hour.
+test-commands: $(VENV)/installed
+	$(BIN)/pytest -m commands -s
 
 # Kill a training at twenty moments and resume it: weights and thresholds must be the same; twenty minutes.
 test-kill: $(VENV)/installed

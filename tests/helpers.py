@@ -2,6 +2,7 @@
 
 """What several tests use."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from lightning.pytorch import Callback
 from anomalib_dhkd import Dhkd, Quickstart
 
 REPOSITORY = Path(__file__).parents[1]
+MVTEC_ROOT = Path(os.environ.get("MVTEC_ROOT", REPOSITORY.parent / "shared" / "data" / "mvtec_ad"))
+"""Real images of MVTec AD, for tests that are skipped without them."""
 PATIENCE = 600
 """Seconds after which a test takes what it waits for to hang; on a machine with other work, a process starts in 60."""
 

@@ -3,14 +3,18 @@
 """Each command of README, CONTRIBUTING, docs and configurations, read by what it would run.
 
 Options, files of the repository, extras and targets must be there; trainings aren't run. docs/log is left out, whose
-commands are those of earlier revisions.
+commands are those of earlier revisions. `make test-commands` runs the pages' shell blocks as they stand, but for those
+that are targets or hours long themselves: `make`, `pip` and the benchmarks on MVTec AD.
 """
 
 import contextlib
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from importlib.metadata import metadata
 from pathlib import Path
@@ -24,10 +28,11 @@ from anomalib.cli.pipelines import PIPELINE_REGISTRY
 from jsonargparse import ArgumentParser
 from packaging.requirements import Requirement
 
+from anomalib_dhkd import Quickstart
 from anomalib_dhkd.__main__ import DhkdCLI
 from anomalib_dhkd.benchmark.pipeline import Benchmark
 from anomalib_dhkd.benchmark.throughput import compare
-from tests.helpers import REPOSITORY, script
+from tests.helpers import MVTEC_ROOT, PATIENCE, REPOSITORY, script
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
@@ -164,3 +169,79 @@ def test_a_wrong_command_is_found(command: str, message: str, capsys: pytest.Cap
     with pytest.raises((Exception, SystemExit)) as error:  # of many kinds, with a message each
         _read(command)
     assert message in f"{error.value}{capsys.readouterr().err}"
+
+
+IMAGES = 8
+"""Test images that ``watch`` gets."""
+PLACES = {
+    "README.md": {},
+    "deploy.md": {"/data": "data", "folder/with/images": "images", "--model weights": "--model exported/weights"},
+    "robustness.md": {},
+    "first-steps.md": {"<folder of images>": "images"},
+    "your-images.md": {"<folder>": "own"},
+    "scores.md": {"<folder>": "own/parts", "<name>": "good"},
+}
+"""Pages in the order in which they can be followed, with the folders that stand for what a page leaves open."""
+
+
+@pytest.fixture
+def _images(tmp_path: Path) -> None:
+    """Put images where the pages say: MVTec AD, parts of one's own, a camera's folder, something to predict."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "MVTecAD").symlink_to(MVTEC_ROOT.resolve())
+    root = tmp_path / "made"
+    Quickstart(root=root, num_train=130, num_test=IMAGES).prepare_data()
+    brick = next(root.rglob("train")).parent
+    for name, target in {
+        "own/parts/good": "train/good",
+        "own/parts/defect": "test/dent",
+        "images": "test/dent",
+        "data/camera1": "test/dent",
+        "path/to/image_or_folder": "test/dent",
+    }.items():
+        shutil.copytree(brick / target, tmp_path / name)
+
+
+def _run(block: str, folder: Path) -> None:
+    """Run a block in bash; end what watches a folder with Ctrl-C as soon as each image has its line."""
+    environment = os.environ | {"PATH": f"{Path(script('dhkd')).parent}:{os.environ['PATH']}"}
+    environment.pop("OMP_NUM_THREADS", None)
+    with (folder / "output.txt").open("w+") as output:
+        process = subprocess.Popen(
+            ["/bin/bash", "-e", "-c", block],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        watched = re.search(r"--output (\S+)", block)
+        if watched:
+            verdicts, until = folder / watched[1], time.monotonic() + PATIENCE
+            while process.poll() is None and time.monotonic() < until:
+                if verdicts.is_file() and len(verdicts.read_text().splitlines()) == IMAGES:
+                    os.killpg(process.pid, signal.SIGINT)
+                    break
+                time.sleep(1)
+        status = process.wait()
+        output.seek(0)
+        assert status == 0, f"{block}\n{output.read()[-3000:]}"
+    if watched:
+        assert len((folder / watched[1]).read_text().splitlines()) == IMAGES
+
+
+@pytest.mark.commands
+@pytest.mark.skipif(not MVTEC_ROOT.is_dir(), reason=f"no MVTec AD images at {MVTEC_ROOT}; set MVTEC_ROOT")
+@pytest.mark.usefixtures("_images")
+def test_blocks_run(tmp_path: Path) -> None:
+    elsewhere = re.compile(r"^(OMP_NUM_THREADS=1 )?(make|pip|python -m anomalib_dhkd benchmark) .*\n", re.MULTILINE)
+    for name, places in PLACES.items():
+        page = next(page for page in PAGES if page.name == name)
+        for block in re.findall(r"^ *```bash\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            lines = elsewhere.sub("", block.replace("\\\n", ""))
+            for place, folder in places.items():
+                lines = lines.replace(place, folder)
+            if lines.strip():
+                start = time.monotonic()
+                _run(lines, tmp_path)
+                print(f"{name}, {(time.monotonic() - start) / 60:.1f} min: {lines.strip()}")  # noqa: T201

@@ -2,7 +2,6 @@
 
 """The README's commands on real MVTec AD images: `make test-mvtec`. Trains for many minutes a category."""
 
-import os
 import time
 from pathlib import Path
 
@@ -14,13 +13,11 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
 from anomalib_dhkd import Dhkd, MVTec
-from tests.helpers import REPOSITORY, anomalib, openvino_differences
-
-ROOT = Path(os.environ.get("MVTEC_ROOT", REPOSITORY.parent / "shared" / "data" / "mvtec_ad"))
+from tests.helpers import MVTEC_ROOT, anomalib, openvino_differences
 
 pytestmark = [
     pytest.mark.mvtec,
-    pytest.mark.skipif(not ROOT.is_dir(), reason=f"no MVTec AD images at {ROOT}; set MVTEC_ROOT"),
+    pytest.mark.skipif(not MVTEC_ROOT.is_dir(), reason=f"no MVTec AD images at {MVTEC_ROOT}; set MVTEC_ROOT"),
 ]
 
 
@@ -32,13 +29,13 @@ def test_train_and_export(
     category: str, image_auroc: float, pixel_auroc: float, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     start = time.monotonic()
-    data = ["--data", "MVTec", "--data.root", str(ROOT), "--data.category", category]
+    data = ["--data", "MVTec", "--data.root", str(MVTEC_ROOT), "--data.category", category]
     anomalib(tmp_path, "train", "--model", "anomalib_dhkd.Dhkd", *data, "--model.seed", "0")
     minutes = (time.monotonic() - start) / 60
     results = tmp_path / "results" / "Dhkd" / "MVTec" / category / "latest"
     checkpoint = results / "weights" / "lightning" / "model.ckpt"
     model = Dhkd.load_from_checkpoint(checkpoint).eval()
-    datamodule = MVTec(root=ROOT, category=category, num_workers=0)
+    datamodule = MVTec(root=MVTEC_ROOT, category=category, num_workers=0)
     datamodule.setup()
     assert len(list((results / "images").rglob("*.png"))) == len(datamodule.test_data)
 
