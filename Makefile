@@ -71,7 +71,8 @@ browser:
 test-mvtec: $(VENV)/installed
 	$(BIN)/pytest -m mvtec -s
 
-# Run the shell blocks of README and docs one after the other, on real MVTec AD images where they ask for them; an hour.
+# Run the shell blocks of README and docs one after the other, on real MVTec AD images where they ask for them. It
+# trains six times.
 test-commands: $(VENV)/installed
 	$(BIN)/pytest -m commands -s
 
