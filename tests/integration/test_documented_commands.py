@@ -219,10 +219,11 @@ def _run(block: str, folder: Path) -> None:
         if watched:
             verdicts, until = folder / watched[1], time.monotonic() + PATIENCE
             while process.poll() is None and time.monotonic() < until:
-                if verdicts.is_file() and len(verdicts.read_text().splitlines()) == IMAGES:
-                    os.killpg(process.pid, signal.SIGINT)
-                    break
                 time.sleep(1)
+                if verdicts.is_file() and len(verdicts.read_text().splitlines()) == IMAGES:
+                    break
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
         status = process.wait()
         output.seek(0)
         assert status == 0, f"{block}\n{output.read()[-3000:]}"
