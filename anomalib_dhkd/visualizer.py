@@ -69,7 +69,7 @@ class PathVisualizer(ImageVisualizer):
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Save the pictures of a batch, and log the first one of each folder.
+        """Save the pictures of a batch, log the first one of each folder, and note the verdicts.
 
         Args:
             trainer (Trainer): Lightning trainer.
@@ -86,6 +86,7 @@ class PathVisualizer(ImageVisualizer):
             self.output_dir = Path(trainer.default_root_dir) / self.folder
         loggers = [logger for logger in trainer.loggers if isinstance(logger, ImageLoggerBase)]
         for item in batch:
+            self.verdicts.append(None if item.pred_label is None else bool(item.pred_label))
             picture: Any = self.visualize(item)
             if picture is not None:
                 file = self.file_of(item.image_path, getattr(trainer, "datamodule", None))
@@ -106,23 +107,6 @@ class PathVisualizer(ImageVisualizer):
         """
         super().on_predict_start(trainer, pl_module)
         self.verdicts = []
-
-    def on_predict_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Save the pictures of a batch, and note its verdicts.
-
-        Args:
-            trainer (Trainer): Lightning trainer.
-            pl_module (Dhkd): Unused.
-            outputs (Batch): Unused.
-            batch (ImageBatch): Images with predictions.
-            batch_idx (int): 0 for the first batch.
-            dataloader_idx (int): Unused.
-        """
-        super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        labels = batch.pred_label
-        self.verdicts += [None] * len(batch.image_path) if labels is None else labels.flatten().bool().tolist()
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Say how many images are anomalous, and where the pictures are.

@@ -38,13 +38,16 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPO
 CONFIGS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
 EXTRAS = set(metadata("anomalib-dhkd").get_all("Provides-Extra") or [])
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+SHELL_BLOCK = re.compile(r"^ *```bash\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+ENVIRONMENT = {"PATH": f"{Path(script('dhkd')).parent}:{os.environ['PATH']}"}
+"""What the shell needs to find the commands."""
 
 
 def _blocks(file: Path) -> list[str]:
     """Return the shell blocks of a page and its commands within sentences, or the comments of a configuration."""
     text = file.read_text()
     if file.suffix == ".md":
-        blocks = re.findall(r"^ *```bash\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+        blocks = SHELL_BLOCK.findall(text)
         whole = re.findall(r"`((?:anomalib|dhkd|python -m anomalib_dhkd)\s\w+\s--[^`<]+|make [a-z-]+)`", text)
         return blocks + [" ".join(command.split()) for command in whole]
     return re.findall(r"(?:^#   .*\n)+", text, re.MULTILINE)
@@ -92,9 +95,10 @@ def _pip(arguments: list[str]) -> None:
 
 def _eval(arguments: list[str]) -> None:
     """Run the line that switches completion on, and see that it is on."""
-    environment = os.environ | {"PATH": f"{Path(script('dhkd')).parent}:{os.environ['PATH']}"}
     lines = f'set -o pipefail; eval "{arguments[0]}"; complete -p dhkd'
-    completed = subprocess.run(["/bin/bash", "-c", lines], env=environment, capture_output=True, text=True, check=False)
+    completed = subprocess.run(
+        ["/bin/bash", "-c", lines], env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
+    )
     assert completed.returncode == 0, completed.stderr
 
 
@@ -175,11 +179,11 @@ IMAGES = 8
 """Test images that ``watch`` gets."""
 PLACES = {
     "README.md": {},
-    "deploy.md": {"/data": "data", "folder/with/images": "images", "--model weights": "--model exported/weights"},
-    "robustness.md": {},
-    "first-steps.md": {"<folder of images>": "images"},
-    "your-images.md": {"<folder>": "own"},
-    "scores.md": {"<folder>": "own/parts", "<name>": "good"},
+    "docs/deploy.md": {"/data": "data", "folder/with/images": "images", "--model weights": "--model exported/weights"},
+    "docs/robustness.md": {},
+    "docs/first-steps.md": {"<folder of images>": "images"},
+    "docs/your-images.md": {"<folder>": "own"},
+    "docs/scores.md": {"<folder>": "own/parts", "<name>": "good"},
 }
 """Pages in the order in which they can be followed, with the folders that stand for what a page leaves open."""
 
@@ -204,7 +208,7 @@ def _images(tmp_path: Path) -> None:
 
 def _run(block: str, folder: Path) -> None:
     """Run a block in bash; end what watches a folder with Ctrl-C as soon as each image has its line."""
-    environment = os.environ | {"PATH": f"{Path(script('dhkd')).parent}:{os.environ['PATH']}"}
+    environment = os.environ | ENVIRONMENT
     environment.pop("OMP_NUM_THREADS", None)
     with (folder / "output.txt").open("w+") as output:
         process = subprocess.Popen(
@@ -235,14 +239,13 @@ def _run(block: str, folder: Path) -> None:
 @pytest.mark.skipif(not MVTEC_ROOT.is_dir(), reason=f"no MVTec AD images at {MVTEC_ROOT}; set MVTEC_ROOT")
 @pytest.mark.usefixtures("_images")
 def test_blocks_run(tmp_path: Path) -> None:
-    elsewhere = re.compile(r"^(OMP_NUM_THREADS=1 )?(make|pip|python -m anomalib_dhkd benchmark) .*\n", re.MULTILINE)
-    for name, places in PLACES.items():
-        page = next(page for page in PAGES if page.name == name)
-        for block in re.findall(r"^ *```bash\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE):
-            lines = elsewhere.sub("", block.replace("\\\n", ""))
+    elsewhere = re.compile(r"(OMP_NUM_THREADS=1 )?(make|pip|python -m anomalib_dhkd benchmark) ")
+    for page, places in PLACES.items():
+        for block in SHELL_BLOCK.findall((REPOSITORY / page).read_text()):
+            lines = "\n".join(command for command in _commands(block) if not elsewhere.match(command))
             for place, folder in places.items():
                 lines = lines.replace(place, folder)
-            if lines.strip():
+            if lines:
                 start = time.monotonic()
                 _run(lines, tmp_path)
-                print(f"{name}, {(time.monotonic() - start) / 60:.1f} min: {lines.strip()}")  # noqa: T201
+                print(f"{page}, {(time.monotonic() - start) / 60:.1f} min: {lines}")  # noqa: T201
