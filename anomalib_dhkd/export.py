@@ -38,9 +38,9 @@ class FaithfulExportMixin(AnomalibModule):
 
     - Images of any size are resized with antialiasing, as in training, also by a plain
       :class:`~anomalib.pre_processing.PreProcessor` that the model was given.
-    - ``INT8_PTQ`` and ``INT8_ACQ`` quantise dense convolutions alone. anomalib quantises every operation. Scoring takes
-      differences of nearly equal numbers, squares and logarithms, of which eight bits leave nothing, and depthwise
-      convolutions lose more than they gain.
+    - ``INT8_PTQ`` and ``INT8_ACQ`` quantise dense convolutions alone, and not the backbone's first, finest ones.
+      anomalib quantises every operation. Scoring takes differences of nearly equal numbers, squares and logarithms, of
+      which eight bits leave nothing, and depthwise convolutions lose more than they gain.
     - Files carry :meth:`description`: OpenVINO's in ``rt_info`` under ``["anomalib_dhkd", key]``, ONNX's in
       ``metadata_props`` under ``anomalib_dhkd.key``.
     - OpenVINO's files compute in single precision on every device. OpenVINO takes bfloat16 on processors that can,
@@ -198,9 +198,9 @@ class FaithfulExportMixin(AnomalibModule):
 
         # Constants are the convolutions' weights, too.
         others = {operation.get_type_name() for operation in model.get_ops()} - {"Convolution", "Constant"}
-        ignored = nncf.IgnoredScope(types=sorted(others))
+        weights = nncf.IgnoredScope(types=sorted(others))
         if compression_type == CompressionType.INT8:
-            return nncf.compress_weights(model, ignored_scope=ignored)
+            return nncf.compress_weights(model, ignored_scope=weights)
         datamodule.setup("fit")
         images = datamodule.train_data
         chosen = np.unique(np.linspace(0, len(images) - 1, EXAMPLES).round().astype(int))
@@ -209,11 +209,12 @@ class FaithfulExportMixin(AnomalibModule):
             Subset(images, chosen.tolist()),
             lambda item: (transform(item.image) if transform else item.image)[None].numpy(),
         )
+        shape = next(iter(examples.get_inference_data())).shape
         arguments: dict[str, Any] = {
             "subset_size": len(chosen),
             "preset": nncf.QuantizationPreset.MIXED,
             "fast_bias_correction": False,  # an error that a layer makes on all images alike is a defect to the mixture
-            "ignored_scope": ignored,
+            "ignored_scope": nncf.IgnoredScope(types=sorted(others), names=_finest_convolutions(model, shape)),
         }
         if compression_type == CompressionType.INT8_PTQ:
             return nncf.quantize(model, examples, **arguments)
@@ -230,6 +231,28 @@ class FaithfulExportMixin(AnomalibModule):
         return nncf.quantize_with_accuracy_control(
             model, examples, nncf.Dataset(datamodule.val_dataloader()), quality, max_drop=max_drop, **arguments
         )
+
+
+def _finest_convolutions(model: Any, shape: tuple[int, ...]) -> list[str]:
+    """Return the names of a model's first convolutions, whose maps have at least half the rows of the finest one.
+
+    A plain surface leaves some of eight bits' steps in them, and rounded to those it is another surface.
+
+    Args:
+        model (Any): Model of OpenVINO.
+        shape (tuple[int, ...]): Shape of a batch of images, because the model may take any.
+
+    Returns:
+        list[str]: Names as NNCF knows them.
+    """
+    fixed = model.clone()
+    fixed.reshape(list(shape))
+    rows = {
+        operation.get_friendly_name(): operation.get_output_shape(0)[2]
+        for operation in fixed.get_ops()
+        if operation.get_type_name() == "Convolution"
+    }
+    return [name for name, count in rows.items() if 2 * count >= max(rows.values())]
 
 
 def _keep_precision(path: Path, but: set[str]) -> None:
