@@ -197,10 +197,9 @@ class FaithfulExportMixin(AnomalibModule):
         import nncf  # noqa: PLC0415  # an optional extra
 
         # Constants are the convolutions' weights, too.
-        others = {operation.get_type_name() for operation in model.get_ops()} - {"Convolution", "Constant"}
-        weights = nncf.IgnoredScope(types=sorted(others))
+        others = sorted({operation.get_type_name() for operation in model.get_ops()} - {"Convolution", "Constant"})
         if compression_type == CompressionType.INT8:
-            return nncf.compress_weights(model, ignored_scope=weights)
+            return nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(types=others))
         datamodule.setup("fit")
         images = datamodule.train_data
         chosen = np.unique(np.linspace(0, len(images) - 1, EXAMPLES).round().astype(int))
@@ -214,7 +213,7 @@ class FaithfulExportMixin(AnomalibModule):
             "subset_size": len(chosen),
             "preset": nncf.QuantizationPreset.MIXED,
             "fast_bias_correction": False,  # an error that a layer makes on all images alike is a defect to the mixture
-            "ignored_scope": nncf.IgnoredScope(types=sorted(others), names=_finest_convolutions(model, shape)),
+            "ignored_scope": nncf.IgnoredScope(types=others, names=_finest_convolutions(model, shape)),
         }
         if compression_type == CompressionType.INT8_PTQ:
             return nncf.quantize(model, examples, **arguments)
@@ -252,7 +251,8 @@ def _finest_convolutions(model: Any, shape: tuple[int, ...]) -> list[str]:
         for operation in fixed.get_ops()
         if operation.get_type_name() == "Convolution"
     }
-    return [name for name, count in rows.items() if 2 * count >= max(rows.values())]
+    finest = max(rows.values())
+    return [name for name, count in rows.items() if 2 * count >= finest]
 
 
 def _keep_precision(path: Path, but: set[str]) -> None:
