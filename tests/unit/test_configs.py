@@ -3,6 +3,7 @@
 """Every file in configs/ through the parser of the command that it is for."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -33,12 +34,15 @@ def test_config_parses_and_instantiates(path: Path, tmp_path: Path) -> None:
     arguments = ["train", "--config", str(path), "--default_root_dir", str(tmp_path)]
     if "data" not in config:
         arguments += ["--data", "MVTec"]
-    if not backbone.endswith("_bundled"):
-        weights = tmp_path / "weights.pth"
-        torch.save(timm.create_model(backbone, pretrained=False).state_dict(), weights)
-        arguments += ["--model.init_args.weights", str(weights)]
+    names = [backbone] if isinstance(backbone, str) else backbone
+    weights = [None if name.endswith("_bundled") else str(tmp_path / f"{name}.pth") for name in names]
+    for name, file in zip(names, weights, strict=True):
+        if file:
+            torch.save(timm.create_model(name, pretrained=False).state_dict(), file)
+    arguments += ["--model.init_args.weights", json.dumps(weights[0] if isinstance(backbone, str) else weights)]
     cli = AnomalibCLI(arguments, run=False)
     assert isinstance(cli.model, Dhkd)
+    assert cli.model.hparams["backbone"] == backbone
     height, width = cli.model.input_size
     assert min(height, width) >= 224
     assert cli.datamodule is not None

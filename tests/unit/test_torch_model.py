@@ -118,6 +118,46 @@ def test_the_map_is_made_of_networks_and_mixtures() -> None:
     torch.testing.assert_close(output.pred_score, fused.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
 
 
+TWO_BACKBONES = {
+    "backbone": ["efficientnet_lite0_bundled", "vit_tiny_patch16_224"],
+    "layers": [["blocks.2", "blocks.4"], ["blocks.3"]],
+    "pre_trained": False,
+}
+
+
+def test_a_second_backbone_has_a_mixture_alone() -> None:
+    model = _model(num_gaussians=8, **TWO_BACKBONES).eval()
+    features = model.features(torch.rand(2, 3, 64, 64))
+    responses = model.respond(features)
+    distances = model.distances(responses)
+    assert list(distances) == ["blocks.2", "blocks.4", "mixture", "averaged_mixture", "further_mixture"]
+    torch.testing.assert_close(distances["further_mixture"], model.mixtures["further_mixture"](features[2:]))
+    alone = _model(num_gaussians=8, pre_trained=False).eval()
+    for part in ("features", "teachers", "students", "mixtures"):
+        getattr(alone, part).load_state_dict(getattr(model, part).state_dict(), strict=False)
+    first = alone.distances(alone.respond(features[:2]))
+    torch.testing.assert_close({name: distances[name] for name in first}, first)
+    moved = model.distances(model.respond([*features[:2], features[2] + 1]))
+    assert [name for name in moved if not torch.equal(moved[name], distances[name])] == ["further_mixture"]
+    assert model.anomaly_map_generator.weights["further_mixture"] == pytest.approx(0.4 / 1.4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            TWO_BACKBONES,
+            r"backbone must be one name when num_gaussians is 0, got \['efficientnet_lite0_bundled', 'vit_",
+        ),
+        ({"backbone": [], "num_gaussians": 8}, r"backbone must be one name or two, got \[\]"),
+        ({"backbone": ["resnet18"] * 3, "num_gaussians": 8}, r"backbone must be one name or two, got \['resnet18', "),
+    ],
+)
+def test_numbers_of_backbones_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _model(**changes)
+
+
 def test_a_single_scale_has_teacher_student_and_mixtures() -> None:
     model = _model(layers=["blocks.4"], num_gaussians=8).eval()
     features = model.features(torch.rand(2, 3, 64, 64))

@@ -11,7 +11,7 @@ from anomalib.models import Padim
 from skimage import data
 from torchvision.transforms.v2 import functional as transforms
 
-from anomalib_dhkd.components.features import FeaturePyramid
+from anomalib_dhkd.components.features import FeaturePyramid, FeaturePyramids
 
 BUNDLED = [f"efficientnet_lite{size}_bundled" for size in (0, 1, 2)]
 
@@ -119,6 +119,43 @@ def test_local_weights(backbone: str, layers: list[str], tmp_path: Path) -> None
     expected = model.state_dict()
     actual = pyramid.backbone.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in actual.items())
+
+
+def test_two_backbones_give_their_maps_one_after_the_other(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "weights.pth")
+    first = "efficientnet_lite0_bundled", ["blocks.2", "blocks.4"], True, None
+    second = "vit_tiny_patch16_224", ["blocks.3"], True, tmp_path / "weights.pth"
+    together = FeaturePyramids(*zip(first[:2], second[:2], strict=True), weights=[first[3], second[3]])
+    apart = [FeaturePyramid(*first), FeaturePyramid(*second)]
+    assert together.channels == apart[0].channels
+    assert together.further_channels == apart[1].channels == [192]
+    images = torch.rand(3, 3, 64, 96)
+    for pyramid in (together, *apart):
+        pyramid.fit([pyramid.extract(images)])
+    expected = [feature for pyramid in apart for feature in pyramid(images)]
+    for feature, alone in zip(together(images), expected, strict=True):
+        torch.testing.assert_close(feature, alone)
+    # A checkpoint of one backbone has the same names.
+    assert FeaturePyramids(*first).state_dict().keys() == apart[0].state_dict().keys()
+
+
+def test_two_backbones_need_layers_and_weights_each(tmp_path: Path) -> None:
+    names = ["resnet18", "vit_tiny_patch16_224"]
+    layers = [["layer1"], ["blocks.3"]]
+    with pytest.raises(ValueError, match=r"layers must be a list for each of the backbones .* got \['layer1'\]"):
+        FeaturePyramids(names, ["layer1"], pre_trained=False)
+    with pytest.raises(ValueError, match=r"layers must be a list for each of the backbones .* got \['layer1', 'bl"):
+        FeaturePyramids(names, ["layer1", "blocks.3"], pre_trained=False)
+    with pytest.raises(ValueError, match=r"weights must be a list with a file or null for each of the backbones"):
+        FeaturePyramids(names, layers, weights=tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"layers must be some of .* for backbone 'vit_tiny_patch16_224'"):
+        FeaturePyramids(names, [["layer1"], ["layer1"]], pre_trained=False)
+
+
+def test_a_vision_transformer_takes_sides_that_are_no_multiples_of_its_patch() -> None:
+    pyramid = FeaturePyramid("vit_tiny_patch16_224", ["blocks.3"], pre_trained=False)
+    assert pyramid(torch.rand(1, 3, 70, 96))[0].shape == (1, 192, 5, 6)
 
 
 def test_local_weights_of_another_network(tmp_path: Path) -> None:
