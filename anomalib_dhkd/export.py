@@ -3,6 +3,7 @@
 """Export that keeps the scores, and says in the file where it comes from."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -126,7 +127,10 @@ class FaithfulExportMixin(AnomalibModule):
         import onnx  # noqa: PLC0415  # takes a while
 
         # The exporter's own version: converting to the older one that anomalib asks for fails, with a page of warnings.
-        path = super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
+        size = self.input_size or input_size
+        network: Any = self.model
+        with network.features.fixed_size(*size) if size else nullcontext():
+            path = super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
         model = onnx.load(path, load_external_data=False)
         description = {f"{SECTION}.{name}": value for name, value in self.description().items()}
         onnx.helper.set_model_props(model, description)

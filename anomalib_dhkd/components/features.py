@@ -2,7 +2,10 @@
 
 """Frozen feature pyramids, standardised per channel."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,27 @@ class FeaturePyramid(nn.Module):
             for portion in ([images] if whole else images.split(PORTION))
         ]
         return maps[0] if len(maps) == 1 else [torch.cat(scale) for scale in zip(*maps, strict=True)]
+
+    @contextmanager
+    def fixed_size(self, height: int, width: int) -> Iterator[None]:
+        """Have a vision transformer hold its encoding of positions for one size of images, as an export needs it.
+
+        Otherwise it interpolates the encoding with antialiasing, which OpenVINO does without.
+
+        Args:
+            height (int): Height of the images.
+            width (int): Width of the images.
+        """
+        flexible = self.backbone
+        if hasattr(flexible, "set_input_size"):
+            self.backbone = deepcopy(flexible)
+            patch = flexible.patch_embed.patch_size
+            sides = zip((height, width), patch, strict=True)
+            self.backbone.set_input_size(tuple(math.ceil(side / length) * length for side, length in sides))
+        try:
+            yield
+        finally:
+            self.backbone = flexible
 
     def standardise(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Give each channel mean 0 and variance 1 over the training images.
@@ -176,6 +200,15 @@ class FeaturePyramids(FeaturePyramid):
     def extract(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Run the frozen backbones; see :meth:`FeaturePyramid.extract`."""
         return [*super().extract(images), *(feature for pyramid in self.further for feature in pyramid.extract(images))]
+
+    @contextmanager
+    def fixed_size(self, height: int, width: int) -> Iterator[None]:
+        """Have all vision transformers hold their encoding; see :meth:`FeaturePyramid.fixed_size`."""
+        with ExitStack() as stack:
+            stack.enter_context(super().fixed_size(height, width))
+            for pyramid in self.further:
+                stack.enter_context(pyramid.fixed_size(height, width))
+            yield
 
 
 def average(features: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -281,6 +281,19 @@ def test_files_keep_their_precision_on_every_processor(hint: str, textures: Text
         assert found[0] < found[1] / 10
 
 
+def test_a_vision_transformer_sees_positions_in_the_file_as_in_training(tmp_path: Path) -> None:
+    size = Dhkd.configure_pre_processor((100, 70))  # no multiples of the patch
+    model = Dhkd("vit_tiny_patch16_224", ["blocks.1"], width=8, num_gaussians=0, image_score="mean", pre_processor=size)
+    torch.nn.init.normal_(model.model.features.backbone.pos_embed)  # untrained, they are hardly there
+    images = torch.rand(2, 3, 200, 130)
+    file = model.to_openvino(tmp_path)
+    with torch.no_grad():
+        expected = model.eval().model(model.pre_processor(images))
+    compiled = ov.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    outputs = {output.get_any_name(): value for output, value in compiled(images.numpy()).items()}
+    np.testing.assert_allclose(outputs["anomaly_map"], expected.anomaly_map, rtol=0, atol=1e-3)
+
+
 def test_int8_acq_needs_data(trained: Trained, tmp_path: Path) -> None:
     engine, model, *_ = trained
     with pytest.raises(ValueError, match="datamodule must be given for compression_type INT8_ACQ, got None"):
