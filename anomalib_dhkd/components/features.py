@@ -177,19 +177,21 @@ class FeaturePyramids(FeaturePyramid):
         pre_trained: bool = True,
         weights: Sequence[str | Path | None] | str | Path | None = None,
     ) -> None:
-        names = [backbone] if isinstance(backbone, str) else list(backbone)
-        chosen: Any = [layers] if isinstance(backbone, str) else list(layers)
-        files: Any = [weights] * len(names) if weights is None or isinstance(backbone, str) else weights
+        several = not isinstance(backbone, str)
+        names = list(backbone) if several else [str(backbone)]
+        chosen: list[Any] = list(layers) if several else [layers]
+        files: Any = [weights] if not several else weights or [None] * len(names)
         if len(chosen) != len(names) or any(isinstance(item, str) for item in chosen):
             msg = f"layers must be a list for each of the backbones {names}, got {layers}."
             raise ValueError(msg)
-        if isinstance(files, str | Path) or len(files) != len(names):
-            msg = f"weights must be a list with a file or null for each of the backbones {names}, got {weights}."
+        paths: list[Any] = [] if isinstance(files, str | Path) else list(files)
+        if len(paths) != len(names) or not all(isinstance(path, str | Path | None) for path in paths):
+            msg = f"weights must be a file or null for each of the backbones {names}, got {weights}."
             raise ValueError(msg)
-        super().__init__(names[0], chosen[0], pre_trained, files[0])
+        super().__init__(names[0], chosen[0], pre_trained, paths[0])
         further = [
             FeaturePyramid(name, own, pre_trained, file)
-            for name, own, file in zip(names[1:], chosen[1:], files[1:], strict=True)
+            for name, own, file in zip(names[1:], chosen[1:], paths[1:], strict=True)
         ]
         self.further: Any = nn.ModuleList(further)
         self.further_channels = [channels for pyramid in further for channels in pyramid.channels]

@@ -147,8 +147,9 @@ def test_two_backbones_need_layers_and_weights_each(tmp_path: Path) -> None:
         FeaturePyramids(names, ["layer1"], pre_trained=False)
     with pytest.raises(ValueError, match=r"layers must be a list for each of the backbones .* got \['layer1', 'bl"):
         FeaturePyramids(names, ["layer1", "blocks.3"], pre_trained=False)
-    with pytest.raises(ValueError, match=r"weights must be a list with a file or null for each of the backbones"):
-        FeaturePyramids(names, layers, weights=tmp_path / "weights.pth")
+    for backbone, own, weights in ((names, layers, tmp_path), (names, layers, [None]), (names[0], layers[0], [None])):
+        with pytest.raises(ValueError, match=r"weights must be a file or null for each of the backbones .* got "):
+            FeaturePyramids(backbone, own, weights=weights)
     with pytest.raises(ValueError, match=r"layers must be some of .* for backbone 'vit_tiny_patch16_224'"):
         FeaturePyramids(names, [["layer1"], ["layer1"]], pre_trained=False)
 
