@@ -126,10 +126,11 @@ class FaithfulExportMixin(AnomalibModule):
         """
         import onnx  # noqa: PLC0415  # takes a while
 
-        # The exporter's own version: converting to the older one that anomalib asks for fails, with a page of warnings.
         size = self.input_size or input_size
         network: Any = self.model
         with network.features.fixed_size(*size) if size else nullcontext():
+            # The exporter's own version: converting to the older one that anomalib asks for fails, with a page of
+            # warnings.
             path = super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
         model = onnx.load(path, load_external_data=False)
         description = {f"{SECTION}.{name}": value for name, value in self.description().items()}

@@ -114,7 +114,7 @@ class DhkdModel(nn.Module):
         self.mixtures: Any = nn.ModuleDict(
             {name: FeatureMixture(channels, num_gaussians) for name, channels in channels_of.items() if channels}
         )
-        self.layers: list[Any] = list(layers if isinstance(backbone, str) else layers[0])
+        self.layers = self.features.layers
         widths = [math.ceil(width * channels / self.features.channels[0]) for channels in self.features.channels]
         networks = list(zip(self.features.channels, widths, strict=True))
         self.teachers = (

@@ -163,6 +163,7 @@ class FeaturePyramids(FeaturePyramid):
             ``None`` for each. Defaults to ``None``.
 
     Attributes:
+        layers (list[str]): Layers of the first backbone.
         channels (list[int]): Channels of the first backbone's maps.
         further_channels (list[int]): Channels of the other backbones' maps.
 
@@ -189,6 +190,7 @@ class FeaturePyramids(FeaturePyramid):
             msg = f"weights must be a file or null for each of the backbones {names}, got {weights}."
             raise ValueError(msg)
         super().__init__(names[0], chosen[0], pre_trained, paths[0])
+        self.layers: list[str] = list(chosen[0])
         further = [
             FeaturePyramid(name, own, pre_trained, file)
             for name, own, file in zip(names[1:], chosen[1:], paths[1:], strict=True)
