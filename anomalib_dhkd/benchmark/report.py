@@ -240,7 +240,7 @@ def write_report(
         plots["Quality and latency"] = embed(plot_quality_and_latency(good, inference, changes))
     if len(changes):
         plots["Image AUROC under each change, mean over data and seeds"] = embed(plot_robustness(changes))
-    grown = growth(good)
+    grown = growth(good) if len(good) else []
     if grown:
         plots["Growth of training with images and pixels"] = embed(plot_growth(grown))
     for data, folders in first_seed(good).items():

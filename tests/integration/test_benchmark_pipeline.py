@@ -157,6 +157,19 @@ def test_time_by_operation(finished: Path) -> None:
     assert "MatMul" in operations.loc["DHKD"].index
 
 
+def test_a_benchmark_whose_every_job_fails_says_why(
+    quickstart_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = {"inference": INFERENCE, "robustness": {"sets": ["ADShift"]}, "parity": {"formats": ["torch"]}}
+    configuration = _configuration(tmp_path, quickstart_root, ["broken"], **sections)
+    with pytest.raises(SystemExit) as ended:
+        _run_here(configuration)
+    assert ended.value.code == 1
+    assert "no_such_backbone" in capsys.readouterr().out
+    for name in ("report.html", "results.md", "results.csv"):
+        assert "no_such_backbone" in (tmp_path / "results" / name).read_text()
+
+
 def test_a_training_that_takes_too_long_is_said_to_be_unfinished(finished: Path, tmp_path: Path) -> None:
     results = _results(finished)
     settings = yaml.safe_load((Path(results.loc["CFlow", "folder"]) / "job.yaml").read_text())
