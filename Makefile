@@ -3,12 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PARALLEL := --numprocesses=2 --dist=loadfile --max-worker-restart=0
+PARALLEL := --numprocesses=2 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
 RESULTS := results/Dhkd/Quickstart/brick/latest
 CHANGED := results/changed_light
 RESULTS_OF_BENCHMARK ?= results/benchmark/quickstart
 
-.PHONY: quickstart test lint hooks test-mvtec test-commands test-kill test-load test-lowest test-wheel test-sdist browser site pictures notebooks format
+.PHONY: quickstart test coverage lint hooks test-slow test-mvtec test-commands test-kill test-load test-lowest test-wheel test-sdist browser site pictures notebooks format
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,9 +36,13 @@ quickstart: $(VENV)/installed
 pictures: $(VENV)/installed
 	$(BIN)/python docs/pictures.py --results $(RESULTS_OF_BENCHMARK)
 
-# Linter, type checker, tests; how much of the package they run is printed at the end. Two processes share the files;
-# should one crash, the other would wait for its tests without end, so that ends the run.
+# Linter, type checker, tests. Two processes share the files, the long integration tests first; should one crash, the
+# other would wait for its tests without end, so that ends the run.
 test: lint
+	$(BIN)/pytest $(PARALLEL)
+
+# The same tests, and how much of the package they run; tracing takes nearly half as long again.
+coverage: $(VENV)/installed
 	$(BIN)/pytest $(PARALLEL) --cov=anomalib_dhkd --cov-report=term
 
 # The documentation as a site, in site/.
@@ -66,6 +70,11 @@ notebooks: $(VENV)/installed
 browser:
 	apt-get update --quiet=2
 	apt-get install --quiet=2 --no-install-recommends chromium chromium-driver > /dev/null
+
+# What takes minutes and is left out of `make test`: random arguments exported, several devices, a wheel installed, the
+# longer notebooks; half an hour.
+test-slow: $(VENV)/installed
+	$(BIN)/pytest $(PARALLEL) -m slow
 
 # Train on real MVTec AD images (MVTEC_ROOT, default ../shared/data/mvtec_ad); a quarter of an hour on two cores.
 test-mvtec: $(VENV)/installed

@@ -179,6 +179,7 @@ def test_a_training_that_takes_too_long_is_said_to_be_unfinished(finished: Path,
     assert results.drop(index="broken")["finished"].all()
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover  # tracing the exporters would more than double their time
 def test_int8(finished: Path, tmp_path: Path) -> None:
     models = {"DHKD": _results(finished).loc["DHKD", "folder"]}
@@ -344,6 +345,7 @@ def test_pictures_of_the_documentation(finished: Path, tmp_path: Path) -> None:
     assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_growth(quickstart_root: Path, tmp_path: Path) -> None:
     """Over numbers of images, of which some are repeated, and over sizes, of a model with an awkward name."""
     name = "<b>DHKD</b> $_ | 1"
@@ -417,6 +419,7 @@ def test_killed_and_continued_by_two_workers(finished: Path, quickstart_root: Pa
     pd.testing.assert_frame_equal(_results(configuration)[metrics], _results(finished).loc[models, metrics])
 
 
+@pytest.mark.slow
 def test_dask_workers_give_the_same(finished: Path, quickstart_root: Path, tmp_path: Path) -> None:
     """With the commands that the README names."""
     pytest.importorskip("distributed", reason="the extra 'dask' is not installed")

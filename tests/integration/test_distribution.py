@@ -74,6 +74,7 @@ def test_the_sdist_has_what_its_tests_need(distributions: Distributions) -> None
     assert needed | {"Makefile", "LICENSE"} <= held
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_works_away_from_the_repository(distributions: Distributions, tmp_path: Path) -> None:
     """Other packages are this environment's; of the repository and of what is installed here in its place, nothing."""
     environment = tmp_path / "environment"

@@ -48,7 +48,10 @@ def _until_unfinished(command: list[str], folder: Path) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGINT, id="Ctrl-C"), pytest.param(signal.SIGKILL, id="kill -9", marks=pytest.mark.slow)],
+)
 def test_interrupted_and_resumed(number: signal.Signals, quickstart_root: Path, tmp_path: Path) -> None:
     command = [*TRAIN, *LONG, *_data(quickstart_root)]
     process = _until_unfinished(command, tmp_path)
@@ -113,6 +116,7 @@ def test_killed_at_twenty_moments_and_resumed(quickstart_root: Path, tmp_path: P
     assert len(set(moments)) > 5
 
 
+@pytest.mark.slow
 def test_max_time(quickstart_root: Path, tmp_path: Path) -> None:
     """In the student's phase, which begins after two of its steps' time: 4 steps of 100,000 are the teacher's."""
     output = anomalib(

@@ -16,6 +16,8 @@ from tests.helpers import PATIENCE, REPOSITORY
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 LARGEST = 300_000
 """Bytes of a notebook with its outputs."""
+LONG = {"03_deploy", "05_compare"}
+"""Notebooks of some minutes, whose parts have tests of their own."""
 ABSOLUTE_PATH = re.compile(r"(?<![\w.<:/~-])/[A-Za-z][\w.-]*/\S*")
 WITH_EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -43,7 +45,10 @@ def test_there_are_notebooks() -> None:
 
 
 @pytest.mark.no_cover  # the kernel is a process of its own
-@WITH_EACH
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else []) for path in NOTEBOOKS],
+)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)

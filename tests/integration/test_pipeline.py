@@ -46,7 +46,9 @@ def _rows(convolution: ov.Node) -> int:
     return convolution.get_output_partial_shape(0)[2].get_length()
 
 
-@pytest.mark.parametrize("compression_type", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+@pytest.mark.parametrize(
+    "compression_type", [CompressionType.INT8_PTQ, pytest.param(CompressionType.INT8_ACQ, marks=pytest.mark.slow)]
+)
 def test_int8_quantises_dense_convolutions_and_keeps_scores_and_maps(
     compression_type: CompressionType, trained: Trained, tmp_path: Path
 ) -> None:
@@ -171,6 +173,7 @@ def test_mixed_precision(quickstart: Quickstart, tmp_path: Path, caplog: pytest.
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_several_devices(quickstart_root: Path, tmp_path: Path) -> None:
     """An odd number of images, of which one device gets more than the other."""
     model = ["--model", "anomalib_dhkd.Dhkd", *(f"--model.{key}={value}" for key, value in SMALL.items())]

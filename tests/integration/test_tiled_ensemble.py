@@ -36,6 +36,7 @@ def _train(quickstart: Quickstart, folder: Path, model: dict[str, Any]) -> list[
     return sorted(folder.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_tiled_ensemble(quickstart: Quickstart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # anomalib writes its log there
     checkpoints = _train(quickstart, tmp_path, {"class_path": "anomalib_dhkd.Dhkd"})

@@ -358,6 +358,7 @@ def test_a_folder_that_goes_ends_it(exported: Exported, source: Path, tmp_path: 
     thread.join()
 
 
+@pytest.mark.slow
 def test_throughput_beside_benchmark_app(exported: Exported, source: Path) -> None:
     command = [sys.executable, "-m", "anomalib_dhkd.benchmark.throughput", "--model", str(exported.path)]
     command += ["--source", str(source), "--images", "60", "--seconds", "1", "--rounds", "1"]

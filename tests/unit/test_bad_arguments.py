@@ -92,6 +92,7 @@ def test_missing_files_are_named(quickstart: Quickstart, tmp_path: Path) -> None
         AnomalibCLI(["train", "--config", str(tmp_path / "none.yaml")], run=False)
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover  # tracing the exporters would double their time
 @QUICK
 @given(

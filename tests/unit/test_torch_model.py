@@ -192,6 +192,7 @@ def test_the_place_matters() -> None:
         assert response[0, :, 2:-2, 2:-2].flatten(1).std(dim=1).max() > 1e-3 or response.shape[-1] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_torch_compile_gives_the_same() -> None:
     model = _model(num_gaussians=8).eval()
