@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import pandas as pd
@@ -73,7 +74,9 @@ class BenchmarkJob(Job):
                 returncode = process.wait()
             if not self.finished:
                 error = self.folder / "error.txt"
-                reason = error.read_text() if error.exists() else f"The process ended with exit status {returncode}."
+                reason = error.read_text() if error.exists() else str(CalledProcessError(returncode, command))
+                if returncode == -9:  # SIGKILL, a name that Windows doesn't have
+                    reason += " That is how Linux ends what takes more memory than there is."
                 return {"error": f"{reason} See {self.folder / 'log.txt'}"}
         return json.loads((self.folder / "result.json").read_text())
 
