@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +121,17 @@ def anomalib(folder: Path, *arguments: str) -> str:
     completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
     return completed.stdout + completed.stderr
+
+
+def job_processes(folder: Path) -> list[int]:
+    """Return the process ids of the benchmark's jobs that work in a folder (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # ended meanwhile
+            command = path.read_bytes()
+            if b"benchmark.work" in command and str(folder).encode() in command:
+                found.append(int(path.parent.name))
+    return found
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from anomalib_dhkd.benchmark.parity import FORMATS
 from anomalib_dhkd.benchmark.pipeline import Benchmark
 from anomalib_dhkd.benchmark.report import reported
 from anomalib_dhkd.benchmark.work import METRICS, load, measure_again, measure_inference, train_and_test
-from tests.helpers import PATIENCE, SMALL, opened
+from tests.helpers import PATIENCE, SMALL, job_processes, opened
 
 BACKBONE = {"backbone": "efficientnet_lite0_bundled", "layers": ["blocks.1", "blocks.2"]}
 MODELS = {
@@ -383,16 +383,6 @@ def test_reported_figures() -> None:
     assert list(row[["bottle", "grid", "mean"]]) == [99.7, 99.8, 99.75]
 
 
-def _works_in(folder: Path) -> bool:
-    """Return whether a job's process works in a folder (Linux)."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            command = path.read_bytes()
-            if b"benchmark.work" in command and str(folder).encode() in command:
-                return True
-    return False
-
-
 def test_killed_and_continued_by_two_workers(finished: Path, quickstart_root: Path, tmp_path: Path) -> None:
     configuration = _configuration(tmp_path, quickstart_root, ["DHKD", "PaDiM", "CFlow"])
     results = tmp_path / "results"
@@ -407,7 +397,7 @@ def test_killed_and_continued_by_two_workers(finished: Path, quickstart_root: Pa
     (first,) = results.glob("jobs/*/result.json")
     before = first.stat().st_mtime_ns
     deadline = time.monotonic() + PATIENCE
-    while _works_in(results):  # the job that ran ends with its parent
+    while job_processes(results):  # the job that ran ends with its parent
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not (results / "results.csv").exists()

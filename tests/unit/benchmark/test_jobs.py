@@ -8,21 +8,17 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
-
 from anomalib_dhkd.benchmark.jobs import BenchmarkJob
-from tests.helpers import PATIENCE
+from tests.helpers import PATIENCE, job_processes
 
 
 def _kill_when_there(folder: Path) -> None:
     """Kill the job's process as soon as it runs."""
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        for child in psutil.Process().children():
-            if str(folder) in child.cmdline():
-                os.kill(child.pid, signal.SIGKILL)
-                return
+    while not (found := job_processes(folder)) and time.monotonic() < deadline:
         time.sleep(0.01)
+    for number in found:
+        os.kill(number, signal.SIGKILL)
 
 
 def test_a_killed_job_names_the_signal_and_what_it_means(tmp_path: Path) -> None:
